@@ -123,9 +123,15 @@ def label_column(name: str) -> str:
 def _history(dataset: Dataset, *, event_id: bool) -> list[pa.Field]:
     columns = []
     for stream in dataset.streams:
-        names = ("event_id", "event_time", "available_time") if event_id else ("event_time", "available_time")
+        names = (
+            ("event_id", "event_time", "available_time")
+            if event_id
+            else ("event_time", "available_time")
+        )
         columns += [_packed(history_column(stream.name, n), pa.int64()) for n in names]
-        columns += [_packed(history_column(stream.name, a.name), value_type(a)) for a in stream.attributes]
+        columns += [
+            _packed(history_column(stream.name, a.name), value_type(a)) for a in stream.attributes
+        ]
     return columns
 
 
@@ -153,7 +159,9 @@ def _targets(dataset: Dataset) -> list[pa.Field]:
     ]
     columns += [_packed(context_column(c.name), value_type(c)) for c in dataset.context_features]
     if dataset.item_features is not None:
-        columns += [_packed(item_feature_column(n), pa.float32()) for n in dataset.item_features.names]
+        columns += [
+            _packed(item_feature_column(n), pa.float32()) for n in dataset.item_features.names
+        ]
     columns += [_packed(history_end_column(s.name), pa.int32()) for s in dataset.streams]
     return columns
 
@@ -209,7 +217,9 @@ def contracts(dataset: Dataset) -> dict[str, Table]:
                     _required("shown_ds", pa.string()),
                     _required("part", pa.int32()),
                     _required("task", pa.string()),
-                    _packed("labels", pa.int32()),  # aligned with the row's targets; 1, 0 or NO_LABEL
+                    _packed(
+                        "labels", pa.int32()
+                    ),  # aligned with the row's targets; 1, 0 or NO_LABEL
                     ds,
                 ]
             ),
@@ -274,7 +284,9 @@ def contracts(dataset: Dataset) -> dict[str, Table]:
                         _required("item_id", item),
                         _required("hour", pa.int64()),  # hours since the epoch, UTC
                         *counts,
-                        _required("first_seen", pa.int64()),  # earliest available_time in the last 30 days
+                        _required(
+                            "first_seen", pa.int64()
+                        ),  # earliest available_time in the last 30 days
                         ds,
                     ]
                 ),
@@ -325,6 +337,8 @@ LEDGER = pa.schema(
         _required("bytes", pa.int64()),
         _required("seconds", pa.float64()),
         _required("written_at", pa.int64()),  # UTC microseconds
-        _required("notes", pa.string()),  # JSON of counts worth keeping (duplicates dropped, coverage, drift)
+        _required(
+            "notes", pa.string()
+        ),  # JSON of counts worth keeping (duplicates dropped, coverage, drift)
     ]
 )
