@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta
 
 from feature_store.errors import DataError
 
@@ -41,7 +41,7 @@ def day_range(first: str, last: str) -> list[str]:
 
 def start_us(day: str, utc_offset: timedelta) -> int:
     """The first instant of `day` in a zone `utc_offset` ahead of UTC, in UTC microseconds."""
-    midnight = datetime.combine(parse_day(day), datetime.min.time(), tzinfo=timezone.utc)
+    midnight = datetime.combine(parse_day(day), datetime.min.time(), tzinfo=UTC)
     return int(midnight.timestamp()) * SECOND_US - utc_offset // timedelta(microseconds=1)
 
 
@@ -53,7 +53,7 @@ def end_us(day: str, utc_offset: timedelta) -> int:
 def day_of(instant_us: int, utc_offset: timedelta) -> str:
     """The day that holds `instant_us`."""
     local = instant_us // SECOND_US + utc_offset // timedelta(seconds=1)
-    return datetime.fromtimestamp(local, tz=timezone.utc).date().isoformat()
+    return datetime.fromtimestamp(local, tz=UTC).date().isoformat()
 
 
 def micros(span: timedelta) -> int:
