@@ -1,0 +1,145 @@
+"""Which features a model reads, in which order, and which embedding table serves each.
+
+Derived from the spec and from nothing else, so that a checkpoint, a batch and a model agree on
+feature names. Categorical features of one vocabulary share one table: an article that was clicked
+and an article that is scored are the same row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from feature_store.days import DAY_US
+from feature_store.spec import Attribute, Dataset, Kind
+
+ITEM = "item"  # the vocabulary, and the name of a target's item as a feature
+
+_ONE_US = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Category:
+    """A categorical feature and the vocabulary whose table it is looked up in."""
+
+    name: str
+    vocabulary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bag:
+    """A sparse feature: a list of ids per user, with scores or without."""
+
+    name: str
+    vocabulary: str
+    scored: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """A candidate's id that events carry too: `candidate` is ITEM or a context feature."""
+
+    candidate: str
+    attribute: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturePlan:
+    """Every feature of a dataset in the order in which models read it.
+
+    Args:
+        streams, target_kinds, tasks: names, in spec order.
+        event_ids, event_numbers, event_vectors: attributes of the events (vectors with their dim).
+        candidates: categorical features of a target; ITEM first, where any kind of target has one.
+        context_numbers, item_numbers: numeric features of a target.
+        user_ids, bags, user_numbers: features of a user: attributes, sparse, dense.
+        matches: pairs of a candidate and an event attribute of the same vocabulary.
+        bag_matches: pairs of a candidate and a sparse feature of the same vocabulary.
+        utc_offset_us, serve_delay_us: of the dataset.
+    """
+
+    streams: tuple[str, ...]
+    target_kinds: tuple[str, ...]
+    tasks: tuple[str, ...]
+    event_ids: tuple[Category, ...]
+    event_numbers: tuple[str, ...]
+    event_vectors: tuple[tuple[str, int], ...]
+    candidates: tuple[Category, ...]
+    context_numbers: tuple[str, ...]
+    item_numbers: tuple[str, ...]
+    user_ids: tuple[Category, ...]
+    bags: tuple[Bag, ...]
+    user_numbers: tuple[str, ...]
+    matches: tuple[Match, ...]
+    bag_matches: tuple[Match, ...]
+    utc_offset_us: int
+    serve_delay_us: int
+
+    def cutoff_us(self, as_of_us: int) -> int:
+        """When the nightly job that serves the day of `as_of_us` stopped reading, UTC microseconds."""
+        local = as_of_us + self.utc_offset_us
+        return as_of_us - local % DAY_US - self.serve_delay_us
+
+
+def feature_plan(dataset: Dataset) -> FeaturePlan:
+    """The features of `dataset`, each list in the order in which the spec declares it."""
+    candidates = _categories(dataset.context_features)
+    if any(t.has_item for t in dataset.targets):
+        candidates = (Category(name=ITEM, vocabulary=ITEM), *candidates)
+    event_ids = _categories(dataset.event_attributes)
+    bags = tuple(
+        Bag(
+            name=s.name,
+            vocabulary=dataset.stream(s.stream).attribute(s.attribute).vocabulary,
+            scored=s.scored,
+        )
+        for s in dataset.sparse_features
+    )
+    return FeaturePlan(
+        streams=tuple(s.name for s in dataset.streams),
+        target_kinds=tuple(t.name for t in dataset.targets),
+        tasks=tuple(t.name for t in dataset.tasks),
+        event_ids=event_ids,
+        event_numbers=_named(dataset.event_attributes, Kind.NUMERIC),
+        event_vectors=tuple(
+            (a.name, a.dim or 0) for a in dataset.event_attributes if a.kind is Kind.VECTOR
+        ),
+        candidates=candidates,
+        context_numbers=_named(dataset.context_features, Kind.NUMERIC),
+        item_numbers=dataset.item_features.names if dataset.item_features is not None else (),
+        user_ids=tuple(
+            Category(
+                name=u.name, vocabulary=dataset.stream(u.stream).attribute(u.attribute).vocabulary
+            )
+            for u in dataset.user_attributes
+        ),
+        bags=bags,
+        user_numbers=tuple(d.name for d in dataset.dense_features),
+        matches=_matches(candidates, event_ids),
+        bag_matches=_matches(candidates, bags),
+        utc_offset_us=dataset.utc_offset // _ONE_US,
+        serve_delay_us=dataset.serve_delay // _ONE_US,
+    )
+
+
+def _categories(attributes: tuple[Attribute, ...]) -> tuple[Category, ...]:
+    return tuple(
+        Category(name=a.name, vocabulary=a.vocabulary)
+        for a in attributes
+        if a.kind is Kind.CATEGORICAL
+    )
+
+
+def _named(attributes: tuple[Attribute, ...], kind: Kind) -> tuple[str, ...]:
+    return tuple(a.name for a in attributes if a.kind is kind)
+
+
+def _matches(
+    candidates: tuple[Category, ...], others: tuple[Category, ...] | tuple[Bag, ...]
+) -> tuple[Match, ...]:
+    return tuple(
+        Match(candidate=c.name, attribute=o.name)
+        for c in candidates
+        for o in others
+        if c.vocabulary == o.vocabulary
+    )

@@ -1,0 +1,65 @@
+"""Numeric features: whatever scale a log has, a model sees values of about unit size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def squash(values: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|); NaN stays NaN."""
+    return torch.sign(values) * torch.log1p(values.abs())
+
+
+class Standardise(nn.Module):
+    """log-squashed features, standardised by running statistics, missing ones 0.
+
+    The statistics are those of earlier batches, not of this one (but for the very first), so what
+    comes out for a row does not depend on the rows beside it. They are part of the state.
+
+    Args:
+        features: F.
+        momentum: weight of a new batch once the average has warmed up.
+        limit: values are clamped to +-limit standard deviations.
+    """
+
+    def __init__(self, features: int, *, momentum: float = 0.02, limit: float = 6.0) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.limit = limit
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("square", torch.ones(features))
+        self.register_buffer("batches", torch.zeros(features))
+
+    def forward(self, values: Tensor, present: Tensor | None = None) -> Tensor:
+        """Standardise.
+
+        Args:
+            values: (B, F) float32, NaN where missing.
+            present: (B,) bool; rows that are False count as missing altogether.
+
+        Returns:
+            (B, F) float32.
+        """
+        values = squash(values)
+        known = ~values.isnan()
+        if present is not None:
+            known = known & present[:, None]
+        values = torch.where(known, values, torch.zeros_like(values))
+        if self.training:
+            self._update(values, known)
+        scale = (self.square - self.mean.square()).clamp(min=1e-4).rsqrt()
+        scaled = ((values - self.mean) * scale).clamp(-self.limit, self.limit)
+        return torch.where(known, scaled, torch.zeros_like(scaled))
+
+    @torch.no_grad()
+    def _update(self, values: Tensor, known: Tensor) -> None:
+        count = known.sum(0)
+        some = count > 0
+        divisor = count.clamp(min=1)
+        self.batches += some
+        rate = torch.where(
+            some, (1.0 / self.batches.clamp(min=1)).clamp(min=self.momentum), torch.zeros_like(self.mean)
+        )
+        self.mean += rate * (values.sum(0) / divisor - self.mean)
+        self.square += rate * (values.square().sum(0) / divisor - self.square)

@@ -1,0 +1,234 @@
+"""Embedding tables: one TorchRec collection per model, one fused lookup per step.
+
+The collection is a `FusedEmbeddingBagCollection`: its optimizer (row-wise Adagrad) runs inside
+the backward pass and touches only the rows that were looked up. It does pooled features as bags
+and event sequences as bags of one id, so that history, candidate and sparse features of one
+vocabulary are one key of one KeyedJaggedTensor:
+
+    table `item`   | history, N bags of 1 | candidates, T bags of 1 | clicked items, R bags | empty |
+    table `region` | history, N bags of 1 | user's region, R bags of at most 1  | empty ........... |
+
+All keys have as many bags as the longest; the rest are empty and cost next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.optim import RowWiseAdagrad
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+_MULTIPLIER = -7046029254386353131  # 2**64 / golden ratio, as int64 (Knuth, TAOCP 3, 6.4)
+_BITS_31 = (1 << 31) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """How embedding tables are sized and trained.
+
+    Args:
+        dim: D, of every table.
+        rows: vocabulary -> rows of its table, where it differs from the default.
+        default_rows: of the other tables.
+        item_rows: of the `item` table.
+        learning_rate: of row-wise Adagrad.
+        init_scale: rows start uniform in +-init_scale.
+    """
+
+    dim: int = 32
+    rows: Mapping[str, int] = field(default_factory=dict)
+    default_rows: int = 2**14
+    item_rows: int = 2**16
+    learning_rate: float = 0.05
+    init_scale: float = 0.02
+
+    def rows_of(self, vocabulary: str) -> int:
+        """Rows of the table of `vocabulary`."""
+        return self.rows.get(
+            vocabulary, self.item_rows if vocabulary == "item" else self.default_rows
+        )
+
+
+class Lookup(NamedTuple):
+    """A request for B embeddings from one table.
+
+    ids (L,) int64 raw ids, -1 missing. Without offsets B = L and each id gives one embedding.
+    With offsets (B+1,) int64 the embeddings of a bag are added up, each times its weight (L,).
+    A missing id, and an empty bag, give zeros.
+    """
+
+    table: str
+    ids: Tensor
+    offsets: Tensor | None = None
+    weights: Tensor | None = None
+
+
+def table_rows(ids: Tensor, rows: int) -> Tensor:
+    """Row of each id: the id itself where it lies in [0, rows), else a multiplicative hash.
+
+    Small vocabularies therefore have no collisions. Missing ids (-1) get a row too: drop them.
+
+    Args:
+        ids: int64, any shape.
+        rows: of the table, 1 up to 2**31.
+
+    Returns:
+        int64 of the same shape, in [0, rows).
+    """
+    hashed = ((ids * _MULTIPLIER) >> 32 & _BITS_31) % rows
+    return torch.where((ids >= 0) & (ids < rows), ids, hashed)
+
+
+class Tables(nn.Module):
+    """One embedding table per vocabulary, with its optimizer inside.
+
+    `to()` does not move it: fused tables live where they were built.
+
+    Args:
+        vocabularies: names of the tables; duplicates are one table.
+        config: sizes and training.
+        device: where the tables live.
+    """
+
+    def __init__(
+        self,
+        vocabularies: Iterable[str],
+        *,
+        config: TableConfig,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.names = tuple(dict.fromkeys(vocabularies))
+        if not self.names:
+            raise ValueError("vocabularies is empty: a model needs one categorical feature or more")
+        self.rows = {name: config.rows_of(name) for name in self.names}
+        self.collection = FusedEmbeddingBagCollection(
+            tables=[
+                EmbeddingBagConfig(
+                    name=name,
+                    feature_names=[name],
+                    num_embeddings=self.rows[name],
+                    embedding_dim=config.dim,
+                    weight_init_min=-config.init_scale,
+                    weight_init_max=config.init_scale,
+                )
+                for name in self.names
+            ],
+            optimizer_type=RowWiseAdagrad,
+            optimizer_kwargs={"lr": config.learning_rate, "eps": 1e-6},
+            is_weighted=True,
+            device=torch.device(device),
+        )
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        return self
+
+    def forward(self, lookups: Sequence[Lookup]) -> list[Tensor]:
+        """The embeddings of each lookup, (B, D) float32 each, in one call of the fused kernel."""
+        parts: dict[str, list[tuple[int, Lookup]]] = {name: [] for name in self.names}
+        for i, lookup in enumerate(lookups):
+            parts[lookup.table].append((i, lookup))
+        results: list[Tensor | None] = [None] * len(lookups)
+        bags = {name: sum(_bags(x) for _, x in part) for name, part in parts.items()}
+        stride = max(bags.values(), default=0)
+        if stride == 0:
+            like = lookups[0].ids
+            return [torch.zeros(0, self.config.dim, device=like.device) for _ in lookups]
+        embeddings = self.collection(self._keyed(parts, bags, stride)).values()
+        columns = embeddings.split(self.config.dim, dim=1)
+        for name, column in zip(self.names, columns, strict=True):
+            part = parts[name]
+            if not part:
+                continue
+            sizes = [_bags(x) for _, x in part]
+            for (i, _), piece in zip(part, column[: sum(sizes)].split(sizes), strict=True):
+                results[i] = piece
+        return [r for r in results if r is not None]
+
+    def _keyed(
+        self, parts: dict[str, list[tuple[int, Lookup]]], bags: dict[str, int], stride: int
+    ) -> KeyedJaggedTensor:
+        values, lengths, weights = [], [], []
+        for name in self.names:
+            for _, lookup in parts[name]:
+                present = lookup.ids != -1
+                kept = table_rows(lookup.ids[present], self.rows[name])
+                values.append(kept)
+                if lookup.offsets is None:
+                    lengths.append(present)
+                else:
+                    seen = torch.nn.functional.pad(present.cumsum(0), (1, 0))
+                    lengths.append(seen[lookup.offsets].diff())
+                if lookup.weights is None:
+                    weights.append(kept.new_ones(kept.shape, dtype=torch.float32))
+                else:
+                    weights.append(lookup.weights[present])
+            if bags[name] < stride:
+                device = next(x.ids.device for p in parts.values() for _, x in p)
+                lengths.append(torch.zeros(stride - bags[name], dtype=torch.int32, device=device))
+        return KeyedJaggedTensor(
+            keys=list(self.names),
+            values=torch.cat(values),
+            lengths=torch.cat([x.to(torch.int32) for x in lengths]),
+            weights=torch.cat(weights),
+        )
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the rate of the fused optimizer for the following backward passes."""
+        for group in self.collection.fused_optimizer().param_groups:
+            group["lr"] = learning_rate
+        self.collection.fused_optimizer().step()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Table name -> row-wise Adagrad's sum of squares, (rows,) float32. Views, not copies."""
+        state = self.collection.fused_optimizer().state_dict()["state"]
+        found = {}
+        for key, slots in state.items():
+            name = key.removesuffix(".weight").rsplit(".", 1)[-1]
+            (found[name],) = slots.values()
+        return found
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Copy the state of every table that is in `state` with the same rows.
+
+        Returns:
+            Names of our tables that were not in it and keep what they have.
+        """
+        missing = []
+        for name, ours in self.optimizer_state().items():
+            if name in state and state[name].shape == ours.shape:
+                ours.copy_(state[name])
+            else:
+                missing.append(name)
+        return missing
+
+
+def _bags(lookup: Lookup) -> int:
+    return len(lookup.ids) if lookup.offsets is None else len(lookup.offsets) - 1
+
+
+def bag_weights(offsets: Tensor, scores: Tensor | None) -> Tensor:
+    """Weights that make the sum of a bag a weighted mean: equal ones, or by log(1 + score).
+
+    Args:
+        offsets: (B+1,) int64.
+        scores: (L,) float32, at least 0, or None.
+
+    Returns:
+        (L,) float32; within a bag they add up to 1 (to 0 where all scores are 0).
+    """
+    lengths = offsets.diff()
+    bags = torch.arange(len(lengths), device=offsets.device)
+    bag_of_id = torch.repeat_interleave(bags, lengths)
+    if scores is None:
+        return 1.0 / lengths.to(torch.float32).index_select(0, bag_of_id)
+    raw = torch.log1p(scores.nan_to_num(0.0).clamp(min=0.0))
+    total = raw.new_zeros(len(lengths)).index_add_(0, bag_of_id, raw)
+    return raw / total.index_select(0, bag_of_id).clamp(min=1e-6)
