@@ -1,0 +1,1 @@
+"""What each task of the pipeline does: one module per task, `python -m jobs <job> --dataset D --ds DAY`."""

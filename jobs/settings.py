@@ -1,0 +1,97 @@
+"""Where a run reads and writes: environment variables, read once at the entry and passed on from there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from feature_store.errors import SpecError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class EngineChoice(StrEnum):
+    """Which local engine `jobs/spark.py` starts where no `SPARK_REMOTE` is given."""
+
+    AUTO = "auto"  # Apache Spark where Java 17+ and the Delta JARs are there, Sail otherwise
+    SPARK = "spark"
+    SAIL = "sail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything of the environment that a job depends on.
+
+    Args:
+        home: `HEADWATER_HOME`, the folder that holds everything a run writes (`<repository>/var`).
+        lake_root: `HEADWATER_LAKE`, the folder or URI of the lake (`<home>/lake`).
+        mlflow_uri: `MLFLOW_TRACKING_URI` (an SQLite file under home).
+        source: `HEADWATER_SOURCE`, the folder of raw logs; None where the source needs none.
+        spark_remote: `SPARK_REMOTE`, the address of a Spark Connect cluster to attach to.
+        engine: `HEADWATER_ENGINE`, which engine to start where there is no cluster.
+        spark_memory: `HEADWATER_SPARK_MEMORY`, heap of the local Apache Spark server.
+        jars: folder of the Delta JARs, filled at set-up.
+    """
+
+    home: Path
+    lake_root: str
+    mlflow_uri: str
+    source: Path | None = None
+    spark_remote: str | None = None
+    engine: EngineChoice = EngineChoice.AUTO
+    spark_memory: str = "3g"
+    jars: Path = REPOSITORY / ".jars"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """The settings that `env` (default: the process's environment) gives; an empty value is absent.
+
+        Raises:
+            SpecError: `HEADWATER_ENGINE` names no engine.
+        """
+        values = {k: v for k, v in (os.environ if env is None else env).items() if v}
+        home = Path(values.get("HEADWATER_HOME", REPOSITORY / "var")).expanduser().resolve()
+        engine = values.get("HEADWATER_ENGINE", EngineChoice.AUTO).lower()
+        if engine not in set(EngineChoice):
+            raise SpecError(f"HEADWATER_ENGINE is {engine!r}: use {', '.join(EngineChoice)}")
+        lake = values.get("HEADWATER_LAKE", str(home / "lake"))
+        source = values.get("HEADWATER_SOURCE")
+        return cls(
+            home=home,
+            lake_root=lake if "://" in lake else str(Path(lake).expanduser().resolve()),
+            mlflow_uri=values.get("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow/mlflow.db"),
+            source=Path(source).expanduser().resolve() if source else None,
+            spark_remote=values.get("SPARK_REMOTE"),
+            engine=EngineChoice(engine),
+            spark_memory=values.get("HEADWATER_SPARK_MEMORY", "3g"),
+        )
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Where MLflow keeps plots and files."""
+        return self.home / "mlflow" / "artifacts"
+
+    @property
+    def airflow_home(self) -> Path:
+        """Airflow's database, configuration and logs."""
+        return self.home / "airflow"
+
+    @property
+    def spark_dir(self) -> Path:
+        """Scratch, log and state of the local engine."""
+        return self.home / "spark"
+
+    def snapshot_dir(self, dataset: str, model: str, ds: str) -> Path:
+        """Checkpoint of `model` after training on `ds`."""
+        return self.home / "models" / dataset / model / ds
+
+    def report_dir(self, dataset: str) -> Path:
+        """`index.html` and `report.json`."""
+        return self.home / "report" / dataset
+
+    def quality_dir(self, dataset: str) -> Path:
+        """Great Expectations' Data Docs."""
+        return self.home / "quality" / dataset
