@@ -1,0 +1,276 @@
+"""Delta partitions at pinned versions, through Arrow, to jagged batches: no JVM, bounded memory.
+
+Record batches of `examples` fill a buffer of at most `buffer_bytes`; the buffer's rows are ordered
+by a seeded hash of (user, part), joined with their labels, decoded once (`rows.py`), and cut into
+consecutive batches that end before `max_targets` or `max_events` would be passed. The order within
+a buffer does not depend on how the files lie, so a day that fits one buffer is trained on in the
+same order however it was written.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_store.days import shift
+from feature_store.spec import Dataset
+from jobs.training.ids import held_out, int64_ids, mix
+from jobs.training.labels import Labels
+from jobs.training.rows import Rows, columns_of, decode
+
+if TYPE_CHECKING:
+    from feature_store.lake import Lake
+    from models.batch import Batch
+
+# Arrow's buffers are read-only and tensors over them are only read.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+class Users(StrEnum):
+    """Whose rows are read."""
+
+    ALL = "all"
+    TRAINING = "training"
+    HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What bounds memory.
+
+    Args:
+        max_targets, max_events: of one batch; a row that has more is a batch of its own (rows are
+            bounded by the spec).
+        buffer_bytes: Arrow bytes that are decoded, and shuffled, at once.
+        read_rows: rows of one record batch.
+    """
+
+    max_targets: int = 4096
+    max_events: int = 131_072
+    buffer_bytes: int = 256 << 20
+    read_rows: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """The rows shown on one day, with the labels of theirs that are asked for."""
+
+    ds: str
+    version: int
+    labels: Labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledDay:
+    """Everything whose labels became final on `ds`, at pinned versions.
+
+    `inputs` is {"<table>/<ds>": version} of every partition that it reads.
+    """
+
+    ds: str
+    shown: tuple[Shown, ...]
+    inputs: dict[str, int]
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Per task: positives and labels, held-out users included."""
+        return {k: v for s in self.shown for k, v in s.labels.counts().items()}
+
+
+def labelled_day(
+    lake: Lake,
+    dataset: Dataset,
+    ds: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    inputs: dict[str, int] | None = None,
+) -> LabelledDay:
+    """The labels of `ds` and the examples that they belong to.
+
+    Args:
+        tasks: only these; default all.
+        inputs: versions to read at, as an earlier `LabelledDay.inputs` recorded them; default the
+            newest that the ledger knows.
+
+    Raises:
+        MissingPartitionError: labels, or examples that labels point to, have not been written.
+    """
+    names = [t.name for t in dataset.tasks] if tasks is None else list(tasks)
+    found = lake.require("labels", [ds]) if inputs is None else inputs
+    used = {f"labels/{ds}": found[f"labels/{ds}"]}
+    columns = ["user_id", "shown_ds", "part", "task", "labels"]
+    table = lake.read("labels", days=[ds], columns=columns, version=used[f"labels/{ds}"])
+    shown = []
+    for day in sorted({shift(ds, -dataset.task(n).matures_after) for n in names}):
+        mine = [n for n in names if shift(ds, -dataset.task(n).matures_after) == day]
+        rows = table.filter(pc.equal(table["shown_ds"], day))
+        labels = Labels(dataset, rows, tasks=mine)
+        if not labels.tasks:  # before the first day, or a day without targets
+            continue
+        key = f"examples/{day}"
+        used[key] = lake.require("examples", [day])[key] if inputs is None else inputs[key]
+        shown.append(Shown(ds=day, version=used[key], labels=labels))
+    return LabelledDay(ds=ds, shown=tuple(shown), inputs=used)
+
+
+def labelled_batches(
+    lake: Lake,
+    dataset: Dataset,
+    shown: Sequence[Shown],
+    *,
+    users: Users,
+    history: bool = True,
+    user_features: bool = True,
+    seed: int | None = None,
+    limits: Limits | None = None,
+    skip: int = 0,
+) -> Iterator[Batch]:
+    """Batches of the labelled rows of the days `shown`, mixed.
+
+    Args:
+        users: all, or one side of the held-out split.
+        history, user_features: False leaves those columns unread.
+        seed: of the order; None: by user, still the same every time.
+        skip: leave out so many batches from the start (to resume).
+    """
+    limits = limits or Limits()
+    for rows in labelled_rows(
+        lake, dataset, shown, users=users, history=history, user_features=user_features,
+        seed=seed, limits=limits,
+    ):  # fmt: skip
+        for lo, hi in cuts(rows, limits):
+            if skip > 0:
+                skip -= 1
+                continue
+            yield rows.batch(lo, hi)
+
+
+def labelled_rows(
+    lake: Lake,
+    dataset: Dataset,
+    shown: Sequence[Shown],
+    *,
+    users: Users,
+    history: bool = True,
+    user_features: bool = True,
+    seed: int | None = None,
+    limits: Limits | None = None,
+) -> Iterator[Rows]:
+    """The same as `labelled_batches`, a decoded buffer at a time."""
+    limits = limits or Limits()
+    columns = columns_of(dataset, "examples", history=history, user_features=user_features)
+    streams = [
+        _labelled(lake, dataset, s, users=users, columns=columns, index=i, limits=limits)
+        for i, s in enumerate(shown)
+    ]
+    buffer: list[tuple[int, pa.RecordBatch]] = []
+    held = 0
+    while streams:
+        for stream in list(streams):  # in turn, so that tasks that mature on other days mix
+            item = next(stream, None)
+            if item is None:
+                streams.remove(stream)
+                continue
+            buffer.append(item)
+            held += item[1].nbytes
+            if held >= limits.buffer_bytes:
+                yield _decoded(dataset, shown, buffer, seed=seed)
+                buffer, held = [], 0
+    if buffer:
+        yield _decoded(dataset, shown, buffer, seed=seed)
+
+
+def _labelled(
+    lake: Lake,
+    dataset: Dataset,
+    shown: Shown,
+    *,
+    users: Users,
+    columns: list[str],
+    index: int,
+    limits: Limits,
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    for batch in lake.batches(
+        "examples", days=[shown.ds], columns=columns, version=shown.version,
+        batch_rows=limits.read_rows,
+    ):  # fmt: skip
+        ids = int64_ids(batch.column("user_id"))
+        keep = shown.labels.labelled(ids, batch.column("part").to_numpy().astype(np.int64))
+        if users is not Users.ALL:
+            keep &= held_out(ids, dataset.held_out_share) == (users is Users.HELD_OUT)
+        if keep.any():
+            yield index, batch if keep.all() else batch.filter(pa.array(keep))
+
+
+def _decoded(
+    dataset: Dataset,
+    shown: Sequence[Shown],
+    buffer: list[tuple[int, pa.RecordBatch]],
+    *,
+    seed: int | None,
+) -> Rows:
+    schema = buffer[0][1].schema
+    table = pa.Table.from_batches([b.cast(schema) for _, b in buffer]).combine_chunks()
+    day = np.concatenate([np.full(b.num_rows, i, np.int64) for i, b in buffer])
+    ids = int64_ids(table["user_id"].combine_chunks())
+    part = table["part"].combine_chunks().to_numpy().astype(np.int64)
+    key = ids if seed is None else mix(mix(ids, seed).view(np.int64) ^ (part << 8) ^ day, seed)
+    order = np.lexsort((part, day, ids, key))
+    table = table.take(pa.array(order))
+    rows = decode(dataset, table)
+    labels = rows.labels
+    day, ids, part = day[order], ids[order], part[order]
+    lengths = np.diff(rows.target_offsets)
+    for index, s in enumerate(shown):
+        mine = day == index
+        if not mine.any():
+            continue
+        offsets = np.zeros(int(mine.sum()) + 1, np.int64)
+        np.cumsum(lengths[mine], out=offsets[1:])
+        labels[np.repeat(mine, lengths)] = s.labels.of_rows(ids[mine], part[mine], offsets)
+    return rows
+
+
+def cuts(rows: Rows, limits: Limits) -> list[tuple[int, int]]:
+    """Consecutive row ranges of at most `max_targets` targets and `max_events` events."""
+    out = []
+    lo = 0
+    while lo < len(rows):
+        by_target = np.searchsorted(
+            rows.target_offsets, rows.target_offsets[lo] + limits.max_targets, "right"
+        )
+        by_event = np.searchsorted(
+            rows.event_offsets, rows.event_offsets[lo] + limits.max_events, "right"
+        )
+        hi = max(lo + 1, min(int(by_target), int(by_event)) - 1)
+        hi = min(hi, len(rows), lo + limits.max_targets)
+        out.append((lo, hi))
+        lo = hi
+    return out
+
+
+def user_batches(
+    dataset: Dataset,
+    batches: Iterator[pa.RecordBatch],
+    *,
+    limits: Limits | None = None,
+    cutoff: int | None = None,
+) -> Iterator[tuple[pa.Array, Batch]]:
+    """Rows of `aggregates` or `sequences` as batches without targets, with their `user_id` as stored.
+
+    Args:
+        cutoff: events with `available_time >= cutoff` are dropped (UTC microseconds).
+    """
+    limits = limits or Limits()
+    for batch in batches:
+        if batch.num_rows == 0:
+            continue
+        rows = decode(dataset, pa.Table.from_batches([batch]), cutoff=cutoff)
+        for lo, hi in cuts(rows, limits):
+            yield batch.column("user_id").slice(lo, hi - lo), rows.batch(lo, hi)
