@@ -1,0 +1,1 @@
+"""What the data is: the spec, the tables' contracts, Delta reading and writing, quality, embeddings."""

@@ -1,0 +1,145 @@
+"""The ledger `partitions`: one row per partition written, with what it was made from.
+
+Rows are only ever appended. A partition that was written again has several; the newest counts, and
+the version that it names is the Delta version at which the partition reads as it was written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+import pyarrow as pa
+
+from feature_store.tables import LEDGER
+
+T = TypeVar("T")
+
+# Pinned versions have to stay readable: files and log entries outlive any training run.
+RETENTION = {
+    "delta.deletedFileRetentionDuration": "interval 3650 days",
+    "delta.logRetentionDuration": "interval 3650 days",
+}
+_COMPACT_AT_FILES = 64
+
+# The job that writes each table, for messages that say what to run.
+PRODUCERS = {
+    "events": "ingest",
+    "impressions": "ingest",
+    "truth": "ingest",
+    "sequences": "build_sequences",
+    "aggregates": "build_aggregates",
+    "item_aggregates": "build_aggregates",
+    "examples": "build_examples",
+    "labels": "build_labels",
+    "user_embeddings": "publish_embeddings",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """One row of the ledger: a partition as it was written.
+
+    Args:
+        table, model, ds: which partition; `model` is "" unless the table is partitioned by model.
+        version: Delta version at which the partition reads as written.
+        inputs: `pin` of every partition it was made from -> its Delta version.
+        code_version: of the job that wrote it.
+        spec_hash: of the spec that it was made with.
+        engine: what computed it.
+        rows, bytes: of the partition.
+        seconds: from the start of the publish to its commit; includes a lazy frame's computation.
+        written_at: UTC microseconds.
+        notes: counts worth keeping (duplicates dropped, coverage, drift).
+    """
+
+    table: str
+    model: str
+    ds: str
+    version: int
+    inputs: dict[str, int]
+    code_version: str
+    spec_hash: str
+    engine: str
+    rows: int
+    bytes: int
+    seconds: float
+    written_at: int
+    notes: dict[str, object]
+
+
+def pin(table: str, ds: str, model: str = "") -> str:
+    """The key of a partition in `inputs`: `<table>/<ds>`, or `<table>/<model>/<ds>`."""
+    return f"{table}/{model}/{ds}" if model else f"{table}/{ds}"
+
+
+def retry_on_conflict(attempt: Callable[[], T]) -> T:
+    """What `attempt` returns, tried again where another writer committed to the table meanwhile.
+
+    `attempt` has to start from a fresh snapshot of the table each time.
+
+    Raises:
+        deltalake.exceptions.CommitFailedError: still in conflict after 40 attempts.
+    """
+    from deltalake.exceptions import CommitFailedError, DeltaError
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+    def conflict(error: BaseException) -> bool:
+        lost_creation = isinstance(error, DeltaError) and "already exists" in str(error)
+        return isinstance(error, CommitFailedError) or lost_creation
+
+    retrying = Retrying(
+        retry=retry_if_exception(conflict),
+        wait=wait_random_exponential(multiplier=0.02, max=2),
+        stop=stop_after_attempt(40),
+        reraise=True,
+    )
+    return retrying(attempt)
+
+
+def append(uri: str, partition: Partition) -> None:
+    """Add one row to the ledger at `uri`, which is created where there is none."""
+    from deltalake import DeltaTable, write_deltalake
+
+    row = asdict(partition)
+    row["inputs"] = json.dumps(partition.inputs, sort_keys=True)
+    row["notes"] = json.dumps(partition.notes, sort_keys=True)
+    data = pa.Table.from_pylist([row], schema=LEDGER)
+
+    def write() -> None:
+        table = DeltaTable.create(
+            uri, LEDGER, mode="ignore", partition_by=["table"], configuration=RETENTION
+        ) if not DeltaTable.is_deltatable(uri) else DeltaTable(uri)  # fmt: skip
+        write_deltalake(table, data, mode="append")
+
+    def compact() -> None:
+        filters = [("table", "=", partition.table)]
+        table = DeltaTable(uri)
+        if len(table.file_uris(partition_filters=filters)) >= _COMPACT_AT_FILES:
+            table.optimize.compact(partition_filters=filters)
+
+    retry_on_conflict(write)
+    retry_on_conflict(compact)
+
+
+def newest(uri: str, table: str, model: str) -> dict[str, Partition]:
+    """The newest row of each `ds` of one table (and model), by `ds`; empty where there is none."""
+    from deltalake import DeltaTable
+
+    if not DeltaTable.is_deltatable(uri):
+        return {}
+    dataset = DeltaTable(uri).to_pyarrow_dataset(partitions=[("table", "=", table)])
+    rows = dataset.to_table().select(LEDGER.names).to_pylist()
+    found: dict[str, Partition] = {}
+    for row in sorted(rows, key=lambda r: (r["ds"], r["version"], r["written_at"])):
+        if row["model"] == model:
+            row["inputs"], row["notes"] = json.loads(row["inputs"]), json.loads(row["notes"])
+            found[row["ds"]] = Partition(**row)
+    return found
+
+
+def pins(found: Mapping[str, Partition]) -> dict[str, int]:
+    """`{pin: version}` of partitions, as a later partition's `inputs`."""
+    return {pin(p.table, p.ds, p.model): p.version for p in found.values()}
