@@ -1,0 +1,106 @@
+"""From a stage of the spec to an Airflow DAG. The DAG files choose stages and document them.
+
+Environment, read once when this module is loaded:
+    HEADWATER_DATASETS   comma-separated names: only these have DAGs here (default: every dataset)
+    HEADWATER_SCHEDULED  0: the clock starts nothing, only backfills and people do (default: 1)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pendulum
+from airflow.sdk import DAG, Asset, BaseOperator, CronPartitionTimetable, PartitionedAssetTimetable
+from headwater_job import Announce, JobOperator
+from headwater_plugin import NextDayMapper
+
+from feature_store import datasets
+from feature_store.pipeline import Stage, Step, stages
+from feature_store.spec import Dataset
+
+DEVICES_POOL = "devices"
+RETRIES = 2
+RETRY_DELAY = timedelta(seconds=10)
+MAX_INGESTS = 2  # days read at once; features go one day at a time
+
+_CHOSEN = tuple(n.strip() for n in os.environ.get("HEADWATER_DATASETS", "").split(",") if n.strip())
+_SCHEDULED = os.environ.get("HEADWATER_SCHEDULED", "1") != "0"
+
+
+def chosen_stages(*prefixes: str) -> Iterator[tuple[Dataset, Stage]]:
+    """Stages whose name starts with one of `prefixes`, of every dataset that has DAGs here."""
+    for name in _CHOSEN or datasets.names():
+        dataset = datasets.get(name)
+        for stage in stages(dataset):
+            if stage.name.startswith(prefixes):
+                yield dataset, stage
+
+
+def command(dataset: Dataset, step: Step) -> list[str]:
+    """The command line of a step; the day is a template."""
+    limits = [*(("--model", step.model) if step.model else ()), *(("--task", step.task) if step.task else ())]
+    day = ["--ds", "{{ dag_run.partition_key }}"]
+    return [sys.executable, "-m", "jobs", *step.jobs, "--dataset", dataset.name, *day, *limits]
+
+
+def timetable(dataset: Dataset, stage: Stage) -> CronPartitionTimetable | PartitionedAssetTimetable:
+    """Midnight of the dataset's zone for the day that ended, or the assets that the stage waits for."""
+    if not stage.waits:
+        # Midnight, as backfill drops its last day at any other hour; the offset names the day that
+        # ended. A fixed offset of 0 has to be called UTC to survive serialization.
+        offset = int(dataset.utc_offset.total_seconds())
+        zone = pendulum.FixedTimezone(offset) if offset else "UTC"
+        return CronPartitionTimetable(
+            "0 0 * * *", timezone=zone, run_offset=-1, key_format="%Y-%m-%d"
+        )
+    condition = None
+    mappers = {}
+    for wait in stage.waits:
+        asset = Asset(name=wait.asset)
+        condition = asset if condition is None else condition & asset
+        assert wait.days_before in (0, 1)
+        if wait.days_before:
+            mappers[asset] = NextDayMapper()
+    return PartitionedAssetTimetable(assets=condition, partition_mapper_config=mappers)
+
+
+def build(dataset: Dataset, stage: Stage, doc_md: str | None) -> DAG:
+    """The DAG of `stage`. Its assets are emitted by its last task, when every step is done."""
+    by_clock = not stage.waits
+    with DAG(
+        dag_id=stage.dag_id,
+        description=f"{stage.name} of {dataset.name}{' (simulated data)' if dataset.simulated else ''}",
+        schedule=timetable(dataset, stage),
+        start_date=pendulum.parse(dataset.first_day),
+        catchup=False,
+        max_active_runs=MAX_INGESTS if by_clock else 1,
+        allowed_run_types=["backfill", "manual"] if by_clock and not _SCHEDULED else None,
+        default_args={"retries": RETRIES, "retry_delay": RETRY_DELAY},
+        tags=[dataset.name, stage.name.split("_")[0]],
+        doc_md=doc_md,
+    ) as dag:
+        tasks: dict[str, BaseOperator] = {}
+        for step in stage.steps:
+            tasks[step.name] = JobOperator(
+                task_id=step.name,
+                command=command(dataset, step),
+                priority_weight=stage.priority,
+                weight_rule="absolute",
+                **({"pool": DEVICES_POOL} if step.on_device else {}),
+            )
+            for before in step.after:
+                tasks[before] >> tasks[step.name]
+        last = [t for t in tasks.values() if not t.downstream_task_ids]
+        outlets = [Asset(name=name) for name in stage.emits]
+        if outlets and len(last) > 1:
+            announce = Announce(
+                task_id="publish", priority_weight=stage.priority, weight_rule="absolute"
+            )
+            last >> announce
+            last = [announce]
+        if outlets:
+            last[0].outlets = outlets
+    return dag

@@ -1,0 +1,121 @@
+"""The one operator: a task is a command about one day, run as a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import BaseOperator
+from airflow.sdk.exceptions import AirflowFailException
+
+from feature_store.days import parse_day
+from feature_store.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+USER_ERROR = 2  # exit code of a job that met a HeadwaterError: running it again would not help
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What a child runs first so that it does not outlive a killed task (Linux only)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class JobFailed(RuntimeError):
+    """The command failed in a way that may pass; Airflow tries it again."""
+
+
+class JobOperator(BaseOperator):
+    """Run a command for the day that the run's partition key names.
+
+    Exit code 0 is success. 2 is an error that a person has to mend: the task fails at once with the
+    command's last `error:` line. Anything else is tried again as the task's `retries` say.
+
+    Args:
+        command: program and arguments; each is a template.
+        day: the day, a template; the default is the run's partition key.
+    """
+
+    template_fields: Sequence[str] = ("command", "day")
+    ui_color = "#d7e8f7"
+
+    def __init__(
+        self,
+        *,
+        command: Sequence[str],
+        day: str = "{{ dag_run.partition_key }}",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.command = list(command)
+        self.day = day
+        self._process: subprocess.Popen[str] | None = None
+
+    def execute(self, context: Any) -> None:
+        """Run the command to its end, its output in the task's log.
+
+        Raises:
+            AirflowFailException: the run has no day as its partition key, or the command exited
+                with `USER_ERROR`.
+            JobFailed: the command failed otherwise.
+        """
+        try:
+            parse_day(self.day)
+        except DataError as error:
+            raise AirflowFailException(str(error)) from None
+        last_error, tail = "", deque[str](maxlen=1)
+        self._process = subprocess.Popen(
+            self.command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=_die_with_parent(),
+        )
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            text = line.rstrip()
+            if not text:
+                continue
+            self.log.info("%s", text)
+            tail.append(text)
+            if text.startswith("error:"):
+                last_error = text
+        code = self._process.wait()
+        if code == 0:
+            return
+        message = last_error or (tail[-1] if tail else "no output")
+        if code == USER_ERROR:
+            raise AirflowFailException(message)
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            raise JobFailed(f"killed by {name}{hint}; last output: {message}")
+        raise JobFailed(f"exit code {code}; last output: {message}")
+
+    def on_kill(self) -> None:
+        """End the command when the task is ended."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+
+class Announce(BaseOperator):
+    """Does nothing itself: its outlets say that everything before it is done."""
+
+    ui_color = "#eeeeee"
+
+    def execute(self, context: Any) -> None:
+        """Succeed."""

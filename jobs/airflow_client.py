@@ -1,0 +1,229 @@
+"""Airflow's REST API, as far as a run needs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+
+_PAGE = 100
+_TRIES = 5  # SQLite answers 503 or 500 while another process holds it
+
+ACTIVE = ("queued", "running")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DagRun:
+    """One run of a DAG. `day` is its partition key, "" where it has none."""
+
+    dag_id: str
+    run_id: str
+    day: str
+    state: str
+    created: str  # ISO instant, orders the runs of one day
+    ended: str | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """One task of a run."""
+
+    dag_id: str
+    run_id: str
+    task_id: str
+    state: str
+    attempt: int
+    seconds: float | None
+
+
+class AirflowError(RuntimeError):
+    """Airflow refused a request, or did not answer."""
+
+
+class AirflowClient:
+    """A client of the api-server at `url` (no token: services are on loopback, for one person)."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx.Client(base_url=url, timeout=60)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def request(self, method: str, path: str, **kwargs: Any) -> Any:
+        """The JSON that the API answers; a busy database is asked again.
+
+        Raises:
+            AirflowError: with the API's own words.
+        """
+        problem = ""
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(2**attempt / 4)
+            try:
+                answer = self._http.request(method, f"/api/v2{path}", **kwargs)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if answer.status_code >= 500:
+                problem = f"{answer.status_code}: {answer.text[:500]}"
+                continue
+            if answer.is_error:
+                raise AirflowError(f"{method} {path}: {answer.status_code}: {answer.text[:500]}")
+            return answer.json() if answer.content else None
+        raise AirflowError(f"{method} {path} failed {_TRIES} times, last {problem}")
+
+    def healthy(self) -> bool:
+        """Whether the api-server answers."""
+        try:
+            return self._http.get("/api/v2/monitor/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def warm_up_execution(self) -> None:
+        """Have the api-server load what tasks talk to, which takes seconds the first time."""
+        self._http.get("/execution/health", timeout=120)
+
+    def parsed(self, dag_ids: Iterable[str], since: datetime) -> set[str]:
+        """Those of `dag_ids` that were parsed after `since` and are neither stale nor paused."""
+        found = self.request("GET", "/dags", params={"limit": 1000, "exclude_stale": True})["dags"]
+        return {
+            d["dag_id"]
+            for d in found
+            if d["dag_id"] in set(dag_ids)
+            and not d["is_paused"]
+            and d["last_parsed_time"]
+            and _instant(d["last_parsed_time"]) >= since
+        }
+
+    def import_errors(self, since: datetime) -> list[str]:
+        """What went wrong in parsing DAG files after `since`: `file: last line of the traceback`."""
+        found = self.request("GET", "/importErrors", params={"limit": _PAGE})["import_errors"]
+        return [
+            f"{e['filename']}: {e['stack_trace'].strip().splitlines()[-1]}"
+            for e in found
+            if _instant(e["timestamp"]) >= since
+        ]
+
+    def unpause(self, dag_id: str) -> None:
+        """A paused DAG loses asset events for ever."""
+        self.request("PATCH", f"/dags/{dag_id}", params={"update_mask": "is_paused"}, json={"is_paused": False})
+
+    def set_pool(self, name: str, slots: int, description: str) -> None:
+        """Create or resize a pool."""
+        body = {"name": name, "slots": slots, "description": description, "include_deferred": False}
+        try:
+            self.request("POST", "/pools", json=body)
+        except AirflowError as error:
+            if ": 409:" not in str(error):
+                raise
+            self.request("PATCH", f"/pools/{name}", json=body | {"pool": name})
+
+    def runs(
+        self, dag_ids: Sequence[str], states: Sequence[str] = (), ended_since: datetime | None = None
+    ) -> list[DagRun]:
+        """Runs of `dag_ids`, those in `states` or ended since then where given."""
+        body: dict[str, Any] = {"dag_ids": list(dag_ids)}
+        if states:
+            body["states"] = list(states)
+        if ended_since:
+            body["end_date_gte"] = ended_since.isoformat()
+        return [
+            DagRun(
+                dag_id=r["dag_id"],
+                run_id=r["dag_run_id"],
+                day=r["partition_key"] or "",
+                state=r["state"],
+                created=r["queued_at"] or r["run_after"],
+                ended=r["end_date"],
+                seconds=r["duration"],
+            )
+            for r in self._pages("/dags/~/dagRuns/list", "dag_runs", body)
+        ]
+
+    def tasks(
+        self, dag_ids: Sequence[str], states: Sequence[str] = (), ended_since: datetime | None = None
+    ) -> list[TaskRun]:
+        """Tasks of runs of `dag_ids`, those in `states` or ended since then where given."""
+        body: dict[str, Any] = {"dag_ids": list(dag_ids)}
+        if states:
+            body["state"] = list(states)
+        if ended_since:
+            body["end_date_gte"] = ended_since.isoformat()
+        return [
+            TaskRun(
+                dag_id=t["dag_id"],
+                run_id=t["dag_run_id"],
+                task_id=t["task_id"],
+                state=t["state"] or "waiting",
+                attempt=t["try_number"],
+                seconds=t["duration"],
+            )
+            for t in self._pages("/dags/~/dagRuns/~/taskInstances/list", "task_instances", body)
+        ]
+
+    def _pages(self, path: str, key: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        while True:
+            page = self.request(
+                "POST", path, json={**body, "page_offset": len(found), "page_limit": _PAGE}
+            )
+            found += page[key]
+            if not page[key] or len(found) >= (page["total_entries"] or 0):
+                return found
+
+    def backfill(self, dag_id: str, first: str, last: str, *, again: bool, backwards: bool = False) -> None:
+        """Start a backfill of the days from `first` to `last`, both included.
+
+        Args:
+            again: make runs beside those that are done; otherwise only days without a run get one.
+            backwards: newest day first.
+        """
+        body = {
+            "dag_id": dag_id,
+            "from_date": f"{first}T00:00:00Z",
+            "to_date": f"{last}T00:00:00Z",
+            "reprocess_behavior": "completed" if again else "none",
+            "run_backwards": backwards,
+            "max_active_runs": 2,
+        }
+        self.request("POST", "/backfills", json=body)
+
+    def cancel_backfills(self, dag_id: str) -> None:
+        """End what is left of earlier backfills of the DAG, as a second one is refused beside them."""
+        for found in self.request("GET", "/backfills", params={"dag_id": dag_id, "limit": 1000})["backfills"]:
+            if found["completed_at"] is None:
+                self.request("PUT", f"/backfills/{found['id']}/cancel")
+
+    def trigger(self, dag_id: str, day: str) -> None:
+        """Start a run of a day."""
+        self.request("POST", f"/dags/{dag_id}/dagRuns", json={"logical_date": None, "partition_key": day})
+
+    def restart(self, run: DagRun) -> None:
+        """Run the failed tasks of a run again, and what follows them in it."""
+        self.request(
+            "POST",
+            f"/dags/{run.dag_id}/dagRuns/{run.run_id}/clear",
+            json={"dry_run": False, "only_failed": True},
+        )
+
+    def post_event(self, asset: str, day: str) -> None:
+        """Say that `asset` of `day` is there.
+
+        Raises:
+            AirflowError: no DAG declares the asset.
+        """
+        found = self.request("GET", "/assets", params={"name_pattern": asset, "limit": _PAGE})["assets"]
+        ids = [a["id"] for a in found if a["name"] == asset]
+        if not ids:
+            raise AirflowError(f"asset {asset!r} is not known to Airflow")
+        self.request("POST", "/assets/events", json={"asset_id": ids[0], "partition_key": day})
+
+
+def _instant(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(UTC)

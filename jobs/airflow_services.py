@@ -1,0 +1,310 @@
+"""Airflow's services on this machine: api-server, scheduler and DAG processor, on loopback only.
+
+SQLite, tasks as local processes, and everything that they write in one folder. A run that was killed
+leaves processes behind; whoever comes next ends them. They are found by the `AIRFLOW_HOME` in their
+environment, so services of another checkout are never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+import psutil
+from filelock import FileLock, Timeout
+
+from feature_store.errors import HeadwaterError
+from jobs.airflow_client import AirflowClient
+from jobs.settings import REPOSITORY
+
+START_SECONDS = 180
+STOP_SECONDS = 15
+_WEB_PORT = 8080  # taken where it is free, so that the address is the usual one
+
+
+class ServiceError(HeadwaterError):
+    """Airflow does not run here; the message says where to look."""
+
+
+@dataclass(kw_only=True)
+class AirflowServices:
+    """Airflow in a folder of its own.
+
+    Args:
+        home: folder of the database, logs and state.
+        dags: folder of DAG files.
+        plugins: folder of plugins.
+        environment: what tasks see besides the process's own environment.
+        parallelism: tasks at once.
+    """
+
+    home: Path
+    dags: Path = REPOSITORY / "dags"
+    plugins: Path = REPOSITORY / "dags" / "plugins"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    parallelism: int = 4
+    port: int = 0
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _lock: FileLock | None = None
+    _env: dict[str, str] = field(default_factory=dict)
+    _started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def url(self) -> str:
+        """Address of the user interface and the API."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of task logs."""
+        return self.home / "logs"
+
+    def acquire(self) -> None:
+        """Take the folder for this process and end what a dead run left in it.
+
+        Raises:
+            ServiceError: another run uses it.
+        """
+        self.home.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.home / "run.lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            self._lock = None
+            holder = read_state(self.home).get("pid", "unknown")
+            raise ServiceError(
+                f"HEADWATER_HOME is {self.home.parent}: process {holder} is using its Airflow; wait for it, "
+                "stop it, or set HEADWATER_HOME to another folder"
+            ) from None
+        end_processes(self.home)
+        self._write_state(url="")
+
+    def migrate(self) -> None:
+        """Create or upgrade the database; nothing to do for the version that last did.
+
+        Raises:
+            ServiceError: the migration failed.
+        """
+        self._env = self._environment()
+        marker = self.home / "database-version"
+        current = version("apache-airflow-core")
+        if self._database.exists() and marker.exists() and marker.read_text() == current:
+            return
+        with self._log("migrate") as out:
+            code = subprocess.run(
+                [sys.executable, "-m", "airflow", "db", "migrate"],
+                env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False,
+            ).returncode  # fmt: skip
+        if code:
+            raise ServiceError(f"airflow db migrate exited with {code}: see {self._log_path('migrate')}")
+        marker.write_text(current)
+
+    def forget_waiting(self, dag_ids: Iterable[str]) -> None:
+        """Drop half-filled waits (one of two inputs was there) of `dag_ids`; the services must be down.
+
+        They outlive what they were about: a day that is built again would start on the input of the
+        time before. A run announces again whatever is done and still waited for.
+        """
+        ids = list(dag_ids)
+        marks = ",".join("?" * len(ids))
+        with contextlib.closing(sqlite3.connect(self._database)) as database, database:
+            waiting = (
+                f"SELECT id FROM asset_partition_dag_run WHERE created_dag_run_id IS NULL AND target_dag_id IN ({marks})"
+            )
+            database.execute(
+                f"DELETE FROM partitioned_asset_key_log WHERE asset_partition_dag_run_id IN ({waiting})", ids
+            )
+            database.execute(f"DELETE FROM asset_partition_dag_run WHERE id IN ({waiting})", ids)
+
+    def start_api(self) -> AirflowClient:
+        """Start the api-server and the DAG processor; a client once the first answers.
+
+        Raises:
+            ServiceError: one of them ended, or did not answer in time.
+        """
+        self._started = datetime.now(UTC)
+        self._spawn("api-server", "api-server")
+        self._spawn("dag-processor", "dag-processor")
+        client = AirflowClient(self.url)
+        self._until(client.healthy, "the api-server does not answer", "api-server")
+        client.warm_up_execution()  # tasks that meet it cold fail without having run
+        self._write_state(url=self.url)
+        return client
+
+    def wait_parsed(self, client: AirflowClient, dag_ids: Iterable[str]) -> None:
+        """Wait until every one of `dag_ids` is parsed and unpaused, as others lose events for ever.
+
+        Raises:
+            ServiceError: a DAG file does not import, or the time is up.
+        """
+        wanted = set(dag_ids)
+        for dag_id in wanted - client.parsed(wanted, datetime.fromtimestamp(0, UTC)):
+            with contextlib.suppress(Exception):  # not there yet: it will be created unpaused
+                client.unpause(dag_id)
+
+        def ready() -> bool:
+            errors = client.import_errors(self._started)
+            if errors:
+                raise ServiceError("a DAG file does not import: " + "; ".join(errors))
+            return client.parsed(wanted, self._started) == wanted
+
+        self._until(ready, f"DAGs {', '.join(sorted(wanted))} are not parsed", "dag-processor")
+
+    def start_scheduler(self) -> None:
+        """Start what starts tasks."""
+        self._spawn("scheduler", "scheduler")
+
+    def check(self) -> None:
+        """Raise ServiceError if a service has ended."""
+        for name, process in self._processes.items():
+            code = process.poll()
+            if code is not None:
+                raise ServiceError(f"airflow {name} ended with {code}: see {self._log_path(name)}; start again to go on")
+
+    def stop(self, *, gently: bool = True) -> None:
+        """End the services and their tasks. Not gently: at once, so that tasks count as interrupted.
+
+        A task that is told to end reports itself failed; one that vanishes is started again by the
+        next scheduler without using up a retry.
+        """
+        if self._lock is None:
+            return
+        if gently:
+            for process in self._processes.values():
+                process.terminate()
+            deadline = time.monotonic() + STOP_SECONDS
+            for process in self._processes.values():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        end_processes(self.home)
+        for process in self._processes.values():
+            process.wait()
+        self._processes.clear()
+        (self.home / "services.json").unlink(missing_ok=True)
+        shutil.rmtree(self.home / "tmp", ignore_errors=True)
+        self._lock.release()
+        self._lock = None
+
+    @property
+    def _database(self) -> Path:
+        return self.home / "airflow.db"
+
+    def _environment(self) -> dict[str, str]:
+        self.port = _free_port(_WEB_PORT)
+        scratch = self.home / "tmp"
+        scratch.mkdir(exist_ok=True)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW")}
+        settings = {
+            "CORE__LOAD_EXAMPLES": "False",
+            "CORE__DAGS_FOLDER": str(self.dags),
+            "CORE__PLUGINS_FOLDER": str(self.plugins),
+            "CORE__PARALLELISM": str(self.parallelism),
+            "CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+            "CORE__EXECUTOR": "LocalExecutor",
+            "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",  # REST without a token: loopback only
+            "CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+            "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self._database}",
+            "API_AUTH__JWT_SECRET": secrets.token_hex(32),
+            "API__SECRET_KEY": secrets.token_hex(32),
+            "API__HOST": "127.0.0.1",
+            "API__PORT": str(self.port),
+            "API__BASE_URL": self.url,
+            "API__WORKERS": "1",
+            "LOGGING__BASE_LOG_FOLDER": str(self.logs),
+            "LOGGING__DAG_PROCESSOR_CHILD_PROCESS_LOG_DIRECTORY": str(self.logs / "dag_processor"),
+            "LOGGING__WORKER_LOG_SERVER_PORT": str(_free_port()),
+            "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "30",
+            "DAG_PROCESSOR__REFRESH_INTERVAL": "30",
+            "DAG_PROCESSOR__PARSING_PROCESSES": "1",
+            "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+            # A task whose machine was killed runs again at once, not after 5 minutes.
+            "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "12",
+            "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "10",
+            "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
+            "USAGE_DATA_COLLECTION__ENABLED": "False",
+        }
+        path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
+        return {
+            **inherited,
+            **{f"AIRFLOW__{k}": v for k, v in settings.items()},
+            "AIRFLOW_HOME": str(self.home),
+            "PYTHONPATH": path,
+            "TMPDIR": str(scratch),
+            **self.environment,
+        }
+
+    def _spawn(self, name: str, *arguments: str) -> None:
+        with self._log(name) as out:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "airflow", *arguments],
+                env=self._env, cwd=self.home, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,  # Ctrl-C is for the launcher, which ends them in order
+            )  # fmt: skip
+
+    def _until(self, ready: object, problem: str, name: str) -> None:
+        assert callable(ready)
+        deadline = time.monotonic() + START_SECONDS
+        while not ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise ServiceError(f"{problem} after {START_SECONDS} s: see {self._log_path(name)}")
+            time.sleep(0.5)
+
+    def _log_path(self, name: str) -> Path:
+        return self.home / "services" / f"{name}.log"
+
+    def _log(self, name: str) -> IO[bytes]:
+        path = self._log_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+
+    def _write_state(self, url: str) -> None:
+        state = {"pid": os.getpid(), "url": url}
+        (self.home / "services.json").write_text(json.dumps(state))
+
+
+def read_state(home: Path) -> dict[str, object]:
+    """Who runs the services in `home` and where: `pid` and `url`; empty where nobody does."""
+    try:
+        return dict(json.loads((home / "services.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def end_processes(home: Path) -> None:
+    """Kill every process of this user whose `AIRFLOW_HOME` is `home`: services, workers and jobs."""
+    ours = []
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("AIRFLOW_HOME") == str(home):
+                ours.append(process)
+    for process in ours:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(ours, timeout=STOP_SECONDS)
+
+
+def _free_port(wanted: int = 0) -> int:
+    """`wanted` where it is free, otherwise any port that is."""
+    for port in (wanted, 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise ServiceError("there is no free port on 127.0.0.1")
