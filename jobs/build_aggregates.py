@@ -1,0 +1,189 @@
+"""`aggregates`: the legacy sparse and dense features of each user, and `item_aggregates`.
+
+What is served in batch has to be finished by midnight, so that the features of a day are computed
+from what was available before its end less `serve_delay`, the cutoff; a window of W days is
+`[cutoff - W days, cutoff)` in `available_time`. An event delivered again on a later day counts
+again here: its own history drops it, but going through a window's events by id would cost more
+than all of these features.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from feature_store.days import DAY_US, HOUR_US, day_of, day_range, end_us, micros, shift
+from feature_store.spec import Aggregate, Dataset, DenseFeature, IdType, SparseFeature
+from feature_store.tables import (
+    contract,
+    dense_column,
+    scores_column,
+    sparse_column,
+    user_attribute_column,
+    value_type,
+)
+from jobs.frames import conform, empty, hour_of, is_id, missing, spark_type
+
+if TYPE_CHECKING:
+    from jobs.context import JobContext
+
+SEEN_DAYS = 30  # how long an item is remembered that nobody touches
+
+
+def cutoff_us(dataset: Dataset, ds: str) -> int:
+    """Where the windows of `aggregates(ds)` end: features see `available_time < cutoff`."""
+    return end_us(ds, dataset.utc_offset) - micros(dataset.serve_delay)
+
+
+def event_days(dataset: Dataset, ds: str) -> list[str]:
+    """The partitions of `events` that the windows of `aggregates(ds)` reach into."""
+    first = cutoff_us(dataset, ds) - dataset.window_days * DAY_US
+    return day_range(day_of(first, dataset.utc_offset), ds)
+
+
+def transform(events: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
+    """The user features as of `cutoff_us(dataset, ds)`.
+
+    Args:
+        events: partitions `event_days(dataset, ds)` of `events`.
+
+    Returns:
+        One row per user with an event in the longest window.
+    """
+    cutoff = cutoff_us(dataset, ds)
+    start = cutoff - dataset.window_days * DAY_US
+    events = events.where((F.col("available_time") >= start) & (F.col("available_time") < cutoff))
+    users = events.groupBy("user_id").agg(
+        *_user_attributes(dataset), *(_dense(f, cutoff).alias(f"d__{f.name}") for f in dataset.dense_features)
+    )
+    if dataset.sparse_features:
+        users = users.join(_sparse(events, dataset, cutoff), "user_id", "left")
+    table = contract(dataset, "aggregates")
+    columns = [F.col("user_id")]
+    for user_attribute in dataset.user_attributes:
+        attribute = dataset.stream(user_attribute.stream).attribute(user_attribute.attribute)
+        name = user_attribute_column(user_attribute.name)
+        columns.append(F.coalesce(F.col(f"{name}.value"), missing(attribute)).alias(name))
+    for sparse in dataset.sparse_features:
+        kind = spark_type(table.schema.field(sparse_column(sparse.name)).type)
+        entries = F.col(f"s__{sparse.name}")
+        ids = F.transform(entries, lambda e, k=_id_field(dataset, sparse): e[k])
+        columns.append(F.coalesce(ids.cast(kind), empty(kind)).alias(sparse_column(sparse.name)))
+        if sparse.scored:
+            scores = F.transform(entries, lambda e: (-e["rank"]).cast("float"))
+            columns.append(F.coalesce(scores, empty("array<float>")).alias(scores_column(sparse.name)))
+    for dense in dataset.dense_features:
+        columns.append(_dense_value(dense).alias(dense_column(dense.name)))
+    return conform(users.select(*columns), table, ds)
+
+
+def _of(stream: str, since: int) -> Column:
+    return (F.col("stream") == stream) & (F.col("available_time") >= since)
+
+
+def _user_attributes(dataset: Dataset) -> list[Column]:
+    columns = []
+    for user_attribute in dataset.user_attributes:
+        attribute = dataset.stream(user_attribute.stream).attribute(user_attribute.attribute)
+        value = F.col(attribute.name)
+        known = is_id(value, attribute.id_type) if attribute.kind == "categorical" else value.isNotNull()
+        newest = F.struct("available_time", "event_id", value.alias("value"))
+        known = (F.col("stream") == user_attribute.stream) & known
+        columns.append(F.max(F.when(known, newest)).alias(user_attribute_column(user_attribute.name)))
+    return columns
+
+
+def _dense(feature: DenseFeature, cutoff: int) -> Column:
+    since = cutoff - feature.window_days * DAY_US
+    ours = _of(feature.stream, since)
+    if feature.aggregate is Aggregate.SUM:
+        value = F.col(feature.attribute).cast("double")
+        return F.sort_array(F.collect_list(F.when(ours & ~F.isnan(value), value)))
+    if feature.aggregate is Aggregate.RECENCY:
+        newest = F.max(F.when(ours, F.col("available_time")))
+        return F.lit(cutoff) - F.coalesce(newest, F.lit(since))
+    if feature.aggregate is Aggregate.RATE:
+        return F.struct(
+            F.count(F.when(ours, 1)).alias("events"),
+            F.count(F.when(_of(feature.per, since), 1)).alias("per"),
+        )
+    return F.count(F.when(ours, 1))
+
+
+def _dense_value(feature: DenseFeature) -> Column:
+    column = F.col(f"d__{feature.name}")
+    if feature.aggregate is Aggregate.SUM:
+        # In a fixed order: a sum of floats in the order that rows happen to come in does not repeat.
+        return F.aggregate(column, F.lit(0.0).cast("double"), lambda total, value: total + value)
+    if feature.aggregate is Aggregate.RECENCY:
+        return column.cast("double") / F.lit(float(HOUR_US))
+    if feature.aggregate is Aggregate.RATE:
+        events, per = column["events"].cast("double"), column["per"].cast("double")
+        return F.when(per > 0, events / per).otherwise(F.lit(0.0).cast("double"))
+    return column
+
+
+def _id_field(dataset: Dataset, feature: SparseFeature) -> str:
+    kind = dataset.stream(feature.stream).attribute(feature.attribute).id_type
+    return "number" if kind is IdType.INT64 else "text"
+
+
+def _sparse(events: DataFrame, dataset: Dataset, cutoff: int) -> DataFrame:
+    """Per user `s__<feature>`: structs (rank, id), newest or most frequent first, the best `max_ids`."""
+    candidates = []
+    for index, feature in enumerate(dataset.sparse_features):
+        attribute = dataset.stream(feature.stream).attribute(feature.attribute)
+        is_text = attribute.id_type is IdType.STRING
+        number = F.lit(None).cast("bigint") if is_text else F.col(attribute.name)
+        text = F.col(attribute.name) if is_text else F.lit(None).cast("string")
+        ours = _of(feature.stream, cutoff - feature.window_days * DAY_US)
+        ours = ours & is_id(F.col(attribute.name), attribute.id_type)
+        entry = F.struct(F.lit(index).alias("feature"), number.alias("number"), text.alias("text"))
+        candidates.append(F.when(ours, entry))
+    found = F.filter(F.array(*candidates), lambda entry: entry.isNotNull())
+    ids = (
+        events.select("user_id", "available_time", F.explode(found).alias("entry"))
+        .select("user_id", "available_time", "entry.*")
+        .groupBy("user_id", "feature", "number", "text")
+        .agg(F.max("available_time").alias("newest"), F.count(F.lit(1)).alias("events"))
+    )
+    lists = []
+    for index, feature in enumerate(dataset.sparse_features):
+        rank = (-F.col("events" if feature.scored else "newest")).alias("rank")
+        entry = F.struct(rank, _id_field(dataset, feature))
+        entries = F.sort_array(F.collect_list(F.when(F.col("feature") == index, entry)))
+        lists.append(F.slice(entries, 1, feature.max_ids).alias(f"s__{feature.name}"))
+    return ids.groupBy("user_id").agg(*lists)
+
+
+def item_transform(events: DataFrame, earlier: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
+    """Events on each item by the hour in which they became available, and when it was first seen.
+
+    Args:
+        events: partition `ds` of `events`.
+        earlier: partitions of `item_aggregates` of the `SEEN_DAYS` days before `ds`. An item keeps
+            its `first_seen` as long as somebody touches it every so many days.
+    """
+    assert dataset.item_features is not None
+    streams = dataset.item_features.streams
+    kind = spark_type(contract(dataset, "item_aggregates").schema.field("item_id").type)
+    found = [
+        F.when(
+            (F.col("stream") == stream) & is_id(F.col(attribute), dataset.item_id_type),
+            F.struct(F.col(attribute).cast(kind).alias("item_id"), F.lit(stream).alias("counted")),
+        )
+        for stream, attribute in streams
+    ]
+    items = events.select(
+        "available_time", F.explode(F.filter(F.array(*found), lambda e: e.isNotNull())).alias("entry")
+    ).select("available_time", "entry.*")
+    hours = items.groupBy("item_id", hour_of(F.col("available_time")).alias("hour")).agg(
+        *(F.count(F.when(F.col("counted") == s, 1)).alias(f"events__{s}") for s in dict(streams)),
+        F.min("available_time").alias("seen"),
+    )
+    seen = earlier.select("item_id", F.col("first_seen").alias("seen")).unionByName(hours.select("item_id", "seen"))
+    first = seen.groupBy("item_id").agg(F.min("seen").alias("first_seen"))
+    return conform(hours.join(first, "item_id"), contract(dataset, "item_aggregates"), ds)

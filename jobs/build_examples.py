@@ -1,0 +1,300 @@
+"""`examples`: one row per user-day, the history once and every target of the day with what it may see.
+
+A user's events and targets of the day are put into one timeline, ordered by (availability or
+`as_of`, targets first, stream, id), so that running counts say how many events are available before
+each target: point in time without a join per target. One grouping then packs both, behind the
+history as of the evening before. A user-day of more than `max_part_rows` events and targets is cut
+into consecutive parts: each starts from the last `max_events` of each stream before its own first
+moment, so that no row grows without bound and no target loses an event. Parts without targets are
+left out.
+
+What each target is joined with was known at its `as_of`: user features of the evening before, and
+item features of the hours that had closed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from feature_store.days import HOUR_US, day_of, day_range, shift, start_us
+from feature_store.spec import Dataset, EventStream
+from feature_store.tables import (
+    context_column,
+    contract,
+    history_column,
+    history_end_column,
+    item_feature_column,
+)
+from jobs.build_aggregates import SEEN_DAYS
+from jobs.frames import (
+    conform,
+    empty,
+    event_struct,
+    history_types,
+    hour_of,
+    is_id,
+    last,
+    missing,
+    pack_events,
+    spark_type,
+    values,
+)
+
+if TYPE_CHECKING:
+    from jobs.context import JobContext
+
+_TARGET = -1  # in place of a stream's index
+
+
+def transform(
+    *,
+    events: DataFrame,
+    impressions: DataFrame,
+    state: DataFrame,
+    aggregates: DataFrame,
+    item_aggregates: DataFrame | None,
+    dataset: Dataset,
+    ds: str,
+) -> DataFrame:
+    """The examples of one day.
+
+    Args:
+        events, impressions: partition `ds` of each.
+        state: one row per user, the sequences at the end of the day before (`frames.newest`).
+        aggregates: the partition of the day before; empty on the first day.
+        item_aggregates: partitions of the `SEEN_DAYS` days before `ds` and of `ds`; None where the
+            dataset declares no item features.
+    """
+    targets = _targets(impressions, item_aggregates, dataset, ds)
+    rows = _timeline(_first_time(events, state, dataset), targets, dataset)
+    packed = _pack(rows, dataset).join(state, "user_id", "left")
+    packed = packed.select("*", *_histories(dataset))
+    history = [
+        F.slice(F.concat(F.col(f"before__{s.name}__{n}"), values(F.col(f"events__{s.name}"), n)),
+                F.col(f"drop__{s.name}") + 1, F.col(f"keep__{s.name}")).alias(history_column(s.name, n))
+        for s in dataset.streams
+        for n in _history_names(dataset, s)
+    ]  # fmt: skip
+    target = [
+        values(F.col("targets"), name).alias(name)
+        for name in contract(dataset, "examples").schema.names
+        if name.startswith("targets__") and not name.startswith("targets__history_end__")
+    ]
+    ends = [
+        F.transform(
+            "targets", lambda t, s=s.name: (t[f"seen__{s}"] + F.col(f"shift__{s}")).cast("int")
+        ).alias(history_end_column(s.name))
+        for s in dataset.streams
+    ]
+    rows = packed.select("user_id", "part", *history, *target, *ends)
+    known = aggregates.drop("ds").withColumn("has_aggregates", F.lit(1))
+    return conform(_with_user_features(rows.join(known, "user_id", "left"), dataset), contract(dataset, "examples"), ds)
+
+
+def _first_time(events: DataFrame, state: DataFrame, dataset: Dataset) -> DataFrame:
+    """`events` without those whose id is already in their user's state: they were delivered again."""
+    held = F.concat(*(F.col(history_column(s.name, "event_id")) for s in dataset.streams))
+    today = events.groupBy("user_id").agg(F.collect_list("event_id").alias("ids"))
+    again = today.join(state.select("user_id", held.alias("held")), "user_id")
+    again = again.select("user_id", F.explode(F.array_intersect("ids", "held")).alias("event_id"))
+    return events.join(again, ["user_id", "event_id"], "left_anti")
+
+
+def _targets(
+    impressions: DataFrame, item_aggregates: DataFrame | None, dataset: Dataset, ds: str
+) -> DataFrame:
+    """(user_id, as_of, target_id, target): `target` is a struct of the `targets__` columns."""
+    kinds = F.array(*(F.lit(t.name) for t in dataset.targets))
+    item = contract(dataset, "impressions").schema.field("item_id").type
+    known_item = is_id(F.col("item_id"), dataset.item_id_type)
+    no_item = F.lit("" if spark_type(item) == "string" else -1)
+    values_ = [
+        F.col("target_id").alias("targets__target_id"),
+        (F.array_position(kinds, F.col("target")) - 1).cast("int").alias("targets__target"),
+        F.col("time").alias("targets__time"),
+        F.col("as_of").alias("targets__as_of"),
+        F.when(known_item, F.col("item_id")).otherwise(no_item).cast(spark_type(item)).alias("targets__item_id"),
+    ]
+    values_ += [
+        F.coalesce(F.col(c.name), missing(c)).alias(context_column(c.name)) for c in dataset.context_features
+    ]
+    if dataset.item_features is not None:
+        assert item_aggregates is not None
+        targets = impressions.withColumn("hour", hour_of(F.col("as_of")))
+        found = _item_features(targets.where(known_item), item_aggregates, dataset, ds)
+        impressions = targets.join(found, ["item_id", "hour"], "left")
+        values_ += _item_values(dataset)
+    return impressions.select("user_id", "as_of", "target_id", F.struct(*values_).alias("target"))
+
+
+def _item_features(
+    targets: DataFrame, item_aggregates: DataFrame, dataset: Dataset, ds: str
+) -> DataFrame:
+    """Counts of each (item_id, hour) among `targets` over the hours that closed before `hour`.
+
+    A window over the union of counted hours and asked hours, instead of a range join.
+    """
+    assert dataset.item_features is not None
+    streams, windows = dict(dataset.item_features.streams), dataset.item_features.windows_hours
+    counts = [f"events__{s}" for s in streams]
+    asked = targets.select("item_id", "hour").distinct()
+    nothing = [F.lit(None).cast("bigint").alias(c) for c in (*counts, "first_seen")]
+    by_item = item_aggregates.select("item_id", "hour", *counts, "first_seen", F.lit(0).alias("asked"))
+    by_item = by_item.unionByName(asked.select("item_id", "hour", *nothing, F.lit(1).alias("asked")))
+    per_item = Window.partitionBy("item_id").orderBy("hour")
+    item_sums = [
+        F.sum(f"events__{s}").over(per_item.rangeBetween(-w, -1)).alias(f"{s}_{w}h")
+        for s in streams
+        for w in windows
+    ]
+    seen = F.min("first_seen").over(per_item.rangeBetween(Window.unboundedPreceding, -1)).alias("seen")
+    items = by_item.select("item_id", "hour", "asked", *item_sums, seen).where(F.col("asked") == 1)
+    if not windows:
+        return items
+    first_hour = start_us(ds, dataset.utc_offset) // HOUR_US - max(windows)
+    recent = item_aggregates.where(F.col("hour") >= first_hour)
+    hours = recent.groupBy("hour").agg(*(F.sum(c).alias(c) for c in counts))
+    every_hour = F.sequence(F.lit(first_hour), F.lit(first_hour + max(windows) + 25))
+    calendar = item_aggregates.sparkSession.range(1).select(F.explode(every_hour).cast("bigint").alias("hour"))
+    over_hours = Window.partitionBy(F.lit(0)).orderBy("hour")
+    totals = calendar.join(hours, "hour", "left").select(
+        "hour",
+        *(
+            F.sum(f"events__{s}").over(over_hours.rangeBetween(-w, -1)).alias(f"{s}_all_{w}h")
+            for s in streams
+            for w in windows
+        ),
+    )
+    return items.join(totals, "hour", "left")
+
+
+def _item_values(dataset: Dataset) -> list[Column]:
+    assert dataset.item_features is not None
+    columns = []
+    for stream, _ in dataset.item_features.streams:
+        for hours in dataset.item_features.windows_hours:
+            count = F.coalesce(F.col(f"{stream}_{hours}h"), F.lit(0)).cast("double")
+            total = F.greatest(F.coalesce(F.col(f"{stream}_all_{hours}h"), F.lit(0)), F.lit(1)).cast("double")
+            columns += [F.log1p(count), F.log1p(F.lit(1e4) * count / total)]
+    age = (F.col("as_of") - F.col("seen")).cast("double") / F.lit(float(HOUR_US))
+    columns.append(F.coalesce(F.log1p(age), F.lit(-1.0).cast("double")))
+    names = [item_feature_column(n) for n in dataset.item_features.names]
+    return [c.cast("float").alias(n) for c, n in zip(columns, names, strict=True)]
+
+
+def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFrame:
+    """The day's events and targets in their users' timelines.
+
+    Returns:
+        A row per event and target with its `position` in the user-day, the `part` that it is packed
+        into, and `seen__<stream>`: events of the day up to here, itself included. An event comes
+        once more (`carried`) for each later part whose base it belongs to.
+    """
+    streams = dataset.streams
+    index = F.coalesce(
+        *(F.when(F.col("stream") == s.name, F.lit(i)) for i, s in enumerate(streams)), F.lit(len(streams))
+    )
+    event = F.struct("event_time", *(a.name for a in dataset.event_attributes)).alias("event")
+    rows = events.select(
+        "user_id", F.col("available_time").alias("at"), index.alias("stream"), F.col("event_id").alias("id"), event
+    ).unionByName(
+        targets.select(
+            "user_id", F.col("as_of").alias("at"), F.lit(_TARGET).alias("stream"), F.col("target_id").alias("id"), "target"
+        ),
+        allowMissingColumns=True,
+    )  # fmt: skip
+    # Targets sort before events of the same instant, since their stream is -1: `available_time < as_of`.
+    timeline = Window.partitionBy("user_id").orderBy("at", "stream", "id")
+    so_far = timeline.rowsBetween(Window.unboundedPreceding, Window.currentRow)
+    whole = timeline.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
+    rows = rows.select(
+        "*",
+        (F.row_number().over(timeline) - 1).alias("position"),
+        *(
+            F.sum((F.col("stream") == i).cast("int")).over(so_far).cast("int").alias(f"seen__{s.name}")
+            for i, s in enumerate(streams)
+        ),
+        F.count(F.lit(1)).over(whole).alias("rows"),
+    )
+    part, last_part = _part(F.col("position"), dataset), _part(F.col("rows") - 1, dataset)
+    rows = rows.select("*", part.alias("own_part"), last_part.alias("last_part"))
+    # An event is in the base of every later part that starts before `max_events` more of its stream.
+    per_stream = Window.partitionBy("user_id", "stream").orderBy("position")
+    until = F.coalesce(
+        F.when(F.col("stream") == _TARGET, F.col("own_part")),
+        *(
+            F.when(F.col("stream") == i, F.lead("own_part", s.max_events).over(per_stream))
+            for i, s in enumerate(streams)
+        ),
+        F.col("last_part"),
+    )
+    rows = rows.select("*", F.explode(F.sequence(F.col("own_part"), until)).alias("part"))
+    return rows.withColumn("carried", F.col("part") > F.col("own_part"))
+
+
+def _part(position: Column, dataset: Dataset) -> Column:
+    size = F.lit(dataset.max_part_rows)
+    return ((position - position % size) / size).cast("int")
+
+
+def _pack(rows: DataFrame, dataset: Dataset) -> DataFrame:
+    """One row per part that has targets: `targets`, and per stream the day's `events__<stream>`
+    (carried ones first), how many of them are `carried__`, and how many of the day came `earlier__`.
+    """
+    columns = []
+    for i, stream in enumerate(dataset.streams):
+        event = event_struct(stream, first=("position", "at"), source="event.")
+        is_ours, own = F.col("stream") == i, ~F.col("carried")
+        earlier = F.col(f"seen__{stream.name}") - is_ours.cast("int")
+        columns += [
+            F.sort_array(F.collect_list(F.when(is_ours, event))).alias(f"events__{stream.name}"),
+            F.count(F.when(is_ours & ~own, 1)).cast("int").alias(f"carried__{stream.name}"),
+            F.min(F.when(own, earlier)).alias(f"earlier__{stream.name}"),
+        ]
+    seen = [f"seen__{s.name}" for s in dataset.streams]
+    target = F.struct("position", "target.*", *seen)
+    columns.append(F.sort_array(F.collect_list(F.when(F.col("stream") == _TARGET, target))).alias("targets"))
+    return rows.groupBy("user_id", "part").agg(*columns).where(F.size("targets") > 0)
+
+
+def _history_names(dataset: Dataset, stream: EventStream) -> list[str]:
+    return [n for n in history_types(dataset, stream) if n != "event_id"]
+
+
+def _histories(dataset: Dataset) -> list[Column]:
+    """Per stream what to cut out of yesterday's arrays and today's, and by how much counts shift."""
+    columns = []
+    for stream in dataset.streams:
+        name, types = stream.name, history_types(dataset, stream)
+        before = F.coalesce(F.size(history_column(name, "event_time")), F.lit(0))
+        base = F.least(F.lit(stream.max_events), before + F.col(f"earlier__{name}"))
+        own = F.size(f"events__{name}") - F.col(f"carried__{name}")
+        everything = before + F.size(f"events__{name}")
+        columns += [
+            (base + own).alias(f"keep__{name}"),
+            (everything - base - own).alias(f"drop__{name}"),
+            (base - F.col(f"earlier__{name}")).alias(f"shift__{name}"),
+        ]
+        columns += [
+            F.coalesce(F.col(history_column(name, n)), empty(types[n])).alias(f"before__{name}__{n}")
+            for n in _history_names(dataset, stream)
+        ]
+    return columns
+
+
+def _with_user_features(rows: DataFrame, dataset: Dataset) -> DataFrame:
+    """The features of users without aggregates filled with what stands for missing values."""
+    filled = {"has_aggregates": F.coalesce("has_aggregates", F.lit(0))}
+    for ua in dataset.user_attributes:
+        name = f"user__{ua.name}"
+        filled[name] = F.coalesce(name, missing(dataset.stream(ua.stream).attribute(ua.attribute)))
+    schema = contract(dataset, "aggregates").schema
+    for name in schema.names:
+        if name.startswith("sparse__"):
+            filled[name] = F.coalesce(name, empty(spark_type(schema.field(name).type)))
+        elif name.startswith("dense__"):
+            filled[name] = F.coalesce(name, F.lit(float("nan")).cast("float"))
+    return rows.withColumns(filled)

@@ -1,0 +1,106 @@
+"""`sequences`: each user's last `max_events` of every stream, as of the end of a day.
+
+A day's partition holds the users that the day touched; a *base* holds all of them. A user's state
+is their newest row since the last base, so a day costs what its events cost, not what the length
+of history does. A partition is a base every `base_days` days, and where there is nothing to build
+on: no earlier partition, or one that was made under another spec.
+
+An event whose id is already in its user's state was delivered again, and is dropped. The full
+rebuild (`--full`) goes through the same days in one pass, so that it equals the incremental build
+row by row.
+"""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import TYPE_CHECKING
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from feature_store.days import day_range, parse_day, shift
+from feature_store.errors import MissingPartitionError
+from feature_store.spec import Dataset
+from feature_store.tables import contract, history_column
+from jobs.frames import conform, empty, history_types, last, newest, pack_events, values
+
+if TYPE_CHECKING:
+    from jobs.context import JobContext
+
+_EPOCH = date(1970, 1, 1)
+
+
+def transform(
+    events: DataFrame, state: DataFrame, dataset: Dataset, ds: str, *, base: bool = False
+) -> DataFrame:
+    """The state at the end of the day before, merged with the day's events.
+
+    Args:
+        events: partition `ds` of `events`.
+        state: one row per user (`frames.newest`).
+        base: keep the users that the day did not touch as well.
+    """
+    touched = events.groupBy("user_id").agg(*pack_events(dataset))
+    merged = touched.join(state, "user_id", "full_outer" if base else "left")
+    kept, columns = [F.col("user_id")], [F.col("user_id")]
+    for stream in dataset.streams:
+        types = history_types(dataset, stream)
+        old = {n: F.coalesce(F.col(history_column(stream.name, n)), empty(t)) for n, t in types.items()}
+        new = F.col(f"new__{stream.name}")
+        again = F.size(F.array_intersect(old["event_id"], values(new, "event_id"))) > 0
+        first_time = F.when(again, _without(new, old["event_id"])).otherwise(new)
+        kept += [*(c.alias(history_column(stream.name, n)) for n, c in old.items()), first_time.alias(f"new__{stream.name}")]
+        for name, kind in types.items():
+            column = history_column(stream.name, name)
+            added = F.coalesce(values(new, name), empty(kind))
+            columns.append(last(F.concat(F.col(column), added), stream.max_events).alias(column))
+    return conform(merged.select(*kept).select(*columns, F.lit(ds).alias("ds")), contract(dataset, "sequences"), ds)
+
+
+def _without(new: Column, ids: Column) -> Column:
+    return F.filter(new, lambda event: ~F.array_contains(ids, event["event_id"]))
+
+
+def rebuild(events: DataFrame, dataset: Dataset, ds: str, *, base: bool = False) -> DataFrame:
+    """What `transform` gives after going through every day up to `ds`, in one pass.
+
+    Args:
+        events: all partitions of `events` up to `ds`.
+        base: every user, not only those that `ds` touched.
+    """
+    streams = dataset.streams
+    names = [f"new__{s.name}" for s in streams]
+    days = events.groupBy("user_id", "ds").agg(*pack_events(dataset))
+    users = days.groupBy("user_id").agg(
+        F.sort_array(F.collect_list(F.struct("ds", *names))).alias("days"), F.max("ds").alias("touched")
+    )
+    if not base:
+        users = users.where(F.col("touched") == ds)
+    packed = users.select("user_id", *(_fold(s.name, s.max_events).alias(f"new__{s.name}") for s in streams))
+    columns = [
+        values(F.col(f"new__{s.name}"), n).alias(history_column(s.name, n))
+        for s in streams
+        for n in history_types(dataset, s)
+    ]
+    return conform(packed.select("user_id", *columns), contract(dataset, "sequences"), ds)
+
+
+def _fold(stream: str, max_events: int) -> Column:
+    """A user's last events of `stream` from their `days`, day by day only where an id comes twice."""
+    field = f"new__{stream}"
+    everything = F.flatten(values(F.col("days"), field))
+    ids = values(everything, "event_id")
+
+    def add_day(state: Column, day: Column) -> Column:
+        held = values(state, "event_id")
+        return last(F.concat(state, _without(day[field], held)), max_events)
+
+    nothing = F.filter(everything, lambda _: F.lit(False))
+    day_by_day = F.aggregate(F.col("days"), nothing, add_day)
+    once = F.size(F.array_distinct(ids)) == F.size(ids)
+    return F.when(once, last(everything, max_events)).otherwise(day_by_day)
+
+
+def is_base_day(dataset: Dataset, ds: str) -> bool:
+    """Whether `ds` is one of the days on which `sequences` holds every user."""
+    return (parse_day(ds) - _EPOCH).days % dataset.base_days == 0
