@@ -93,7 +93,9 @@ class JobContext:
                 f"day is {self.ds}: {self.dataset.name} begins on {self.dataset.first_day}, choose that day or a later one"
             )
         if self.model is not None and self.model not in self.dataset.models:
-            raise SpecError(f"model is {self.model!r}: {self.dataset.name} has {', '.join(self.dataset.models)}")
+            raise SpecError(
+                f"model is {self.model!r}: {self.dataset.name} has {', '.join(self.dataset.models)}"
+            )
         if self.task is not None:
             self.dataset.task(self.task)
 
@@ -131,7 +133,9 @@ class JobContext:
             SpecError: none was given.
         """
         if self.model is None:
-            raise SpecError(f"model is missing: pass --model {' or --model '.join(self.dataset.models)}")
+            raise SpecError(
+                f"model is missing: pass --model {' or --model '.join(self.dataset.models)}"
+            )
         return self.model
 
     def require_task(self) -> Task:
@@ -161,10 +165,14 @@ def parser(job: str | None = None) -> argparse.ArgumentParser:
         result.add_argument("jobs", nargs="+", choices=JOBS, metavar="job", help=", ".join(JOBS))
     result.add_argument("--dataset", required=True, help="a file of feature_store/datasets/")
     result.add_argument("--ds", required=True, help="the day, YYYY-MM-DD in the dataset's zone")
-    result.add_argument("--source", type=Path, help="folder of the raw logs (default: HEADWATER_SOURCE)")
+    result.add_argument(
+        "--source", type=Path, help="folder of the raw logs (default: HEADWATER_SOURCE)"
+    )
     result.add_argument("--model", help="the upstream model")
     result.add_argument("--task", help="the downstream task")
-    result.add_argument("--full", action="store_true", help="rebuild from all events, not from the day before")
+    result.add_argument(
+        "--full", action="store_true", help="rebuild from all events, not from the day before"
+    )
     return result
 
 

@@ -44,7 +44,11 @@ def java_version(env: Mapping[str, str] | None = None) -> int | None:
     home = java_home(env)
     if home is None:
         return None
-    java = str(Path(home) / "bin" / "java") if home else shutil.which("java", path=env.get("PATH", os.defpath))
+    java = (
+        str(Path(home) / "bin" / "java")
+        if home
+        else shutil.which("java", path=env.get("PATH", os.defpath))
+    )
     return _version_of(str(java))
 
 
@@ -52,7 +56,9 @@ def java_version(env: Mapping[str, str] | None = None) -> int | None:
 def _version_of(java: str) -> int | None:
     try:
         # without perf data: it would be written to /tmp
-        asked = subprocess.run([java, "-XX:-UsePerfData", "-version"], capture_output=True, text=True, timeout=60)
+        asked = subprocess.run(
+            [java, "-XX:-UsePerfData", "-version"], capture_output=True, text=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return parse_java_version(asked.stderr + asked.stdout) if asked.returncode == 0 else None
@@ -105,7 +111,9 @@ def resolve_jars(folder: Path) -> str:
     ]  # fmt: skip
     log = folder / "ivy.log"
     with log.open("wb") as out:
-        done = subprocess.run(command, env=java_env(ivy), stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, env=java_env(ivy), stdout=out, stderr=out, stdin=subprocess.DEVNULL
+        )
     found_jars = [p for p in (ivy / "jars").glob("*.jar") if p.name.startswith(_NEEDED)]
     if done.returncode or not any(p.name == _last_jar() for p in found_jars):
         return f"Delta JARs: not resolved (see {folder.name}/ivy.log), so Sail will be used; try again with a network"
@@ -133,7 +141,11 @@ def java_env(scratch: Path) -> dict[str, str]:
     import sys
 
     scratch.mkdir(parents=True, exist_ok=True)
-    env = {k: v for k, v in os.environ.items() if k not in ("SPARK_REMOTE", "SPARK_CONNECT_MODE_ENABLED", "JAVA_HOME")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("SPARK_REMOTE", "SPARK_CONNECT_MODE_ENABLED", "JAVA_HOME")
+    }
     home = java_home()
     if home:
         env["JAVA_HOME"] = home
@@ -146,12 +158,16 @@ def java_env(scratch: Path) -> dict[str, str]:
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_DRIVER_PYTHON": sys.executable,
         # functions passed to mapInArrow are pickled by reference to our modules
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
+        ),
     }
     return env
 
 
-def server_command(settings: Settings, *, port: int, cores: int) -> tuple[list[str], dict[str, str]]:
+def server_command(
+    settings: Settings, *, port: int, cores: int
+) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a Spark Connect server with Delta on loopback port `port`."""
     scratch = settings.spark_dir
     conf_dir = scratch / "conf"

@@ -65,7 +65,10 @@ class Server:
         """Whether its process runs and its port answers."""
         try:
             process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.started) > 1 or process.status() == psutil.STATUS_ZOMBIE:
+            if (
+                abs(process.create_time() - self.started) > 1
+                or process.status() == psutil.STATUS_ZOMBIE
+            ):
                 return False
         except psutil.Error:
             return False
@@ -119,7 +122,11 @@ def describe(settings: Settings) -> str:
             f"Apache Spark {version('pyspark')} with delta-spark {version('delta-spark')}, a local Connect server "
             f"(Java {jvm.java_version()})"
         )
-    why = "HEADWATER_ENGINE=sail" if settings.engine is EngineChoice.SAIL else _spark_problem(settings)
+    why = (
+        "HEADWATER_ENGINE=sail"
+        if settings.engine is EngineChoice.SAIL
+        else _spark_problem(settings)
+    )
     return f"Sail {version('pysail')}, a local Connect server ({why.split(':')[0]})"
 
 
@@ -143,7 +150,9 @@ def start(settings: Settings) -> Server:
     """The live local server of these settings, started where there is none; safe to call at once by many."""
     engine = choose(settings)
     if engine is Engine.REMOTE:
-        raise EngineError(f"SPARK_REMOTE is {settings.spark_remote}: a remote cluster is not ours to start")
+        raise EngineError(
+            f"SPARK_REMOTE is {settings.spark_remote}: a remote cluster is not ours to start"
+        )
     settings.spark_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.spark_dir / "server.lock"):
         server = _read(settings)
@@ -194,7 +203,9 @@ def _launch(settings: Settings, engine: Engine) -> Server:
     for attempt in range(_ATTEMPTS):
         port = _free_port()
         if engine is Engine.SPARK:
-            command, env = jvm.server_command(settings, port=port, cores=len(os.sched_getaffinity(0)))
+            command, env = jvm.server_command(
+                settings, port=port, cores=len(os.sched_getaffinity(0))
+            )
         else:
             command, env = _sail_command(settings, port)
         with log.open("wb") as out:
@@ -205,7 +216,9 @@ def _launch(settings: Settings, engine: Engine) -> Server:
         try:
             if _wait(process, port):
                 started = psutil.Process(process.pid).create_time()
-                return Server(engine=engine, url=f"sc://127.0.0.1:{port}", pid=process.pid, started=started)
+                return Server(
+                    engine=engine, url=f"sc://127.0.0.1:{port}", pid=process.pid, started=started
+                )
         except BaseException:
             process.kill()
             raise
@@ -217,7 +230,17 @@ def _launch(settings: Settings, engine: Engine) -> Server:
 
 def _sail_command(settings: Settings, port: int) -> tuple[list[str], dict[str, str]]:
     env = jvm.java_env(settings.spark_dir / "tmp") | {"RUST_LOG": "warn", "TZ": "UTC"}
-    command = [sys.executable, "-m", "pysail", "spark", "server", "--ip", "127.0.0.1", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "pysail",
+        "spark",
+        "server",
+        "--ip",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     return command, env
 
 
@@ -280,7 +303,8 @@ def main() -> None:
         elif action == "status":
             print(status(settings))
         else:
-            print(jvm.resolve_jars(settings.jars))
+            begun = time.monotonic()
+            print(jvm.resolve_jars(settings.jars), f"{time.monotonic() - begun:.0f} s", sep=", ")
     except HeadwaterError as error:
         sys.exit(f"error: {error}")
 

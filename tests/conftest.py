@@ -1,9 +1,9 @@
 """Fixtures that the tests share: an engine of each kind, started once, and folders that are thrown away.
 
-    def test_something(spark): ...                                   # Sail: it starts in a second
-    @pytest.mark.parametrize("engine", ["sail", "spark"], indirect=True)
-    def test_something(spark): ...                                   # once on each
-    def test_something(spark_of): spark_of("sail"), spark_of("spark")  # both at once
+def test_something(spark): ...                                   # Sail: it starts in a second
+@pytest.mark.parametrize("engine", ["sail", "spark"], indirect=True)
+def test_something(spark): ...                                   # once on each
+def test_something(spark_of): spark_of("sail"), spark_of("spark")  # both at once
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ hypothesis.settings.register_profile(
     deadline=None,  # a shared machine is slow at times
     derandomize=True,
     database=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
 )
 hypothesis.settings.load_profile("tests")
 
@@ -40,7 +43,9 @@ def _skip_without(engine: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """No test sees the settings of the shell that it was started from, or writes to `var/`."""
     for name in os.environ:
         if name == "SPARK_REMOTE" or (name.startswith("HEADWATER_") and name != "HEADWATER_GLOBO"):
@@ -69,7 +74,11 @@ def settings_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
         if engine not in made:
             home = tmp_path_factory.mktemp(engine)
             made[engine] = Settings.from_env(
-                {"HEADWATER_HOME": str(home), "HEADWATER_ENGINE": EngineChoice(engine), "HEADWATER_SPARK_MEMORY": "2g"}
+                {
+                    "HEADWATER_HOME": str(home),
+                    "HEADWATER_ENGINE": EngineChoice(engine),
+                    "HEADWATER_SPARK_MEMORY": "2g",
+                }
             )
         return made[engine]
 
