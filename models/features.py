@@ -37,10 +37,17 @@ class Bag:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """A candidate's id that events carry too: `candidate` is ITEM or a context feature."""
+    """A candidate's id that the history carries too.
+
+    Args:
+        candidate: ITEM or a context feature.
+        name: an event attribute, or a sparse feature, of the same vocabulary.
+        streams: indices of the streams that have the attribute; empty for a sparse feature.
+    """
 
     candidate: str
-    attribute: str
+    name: str
+    streams: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,12 @@ def feature_plan(dataset: Dataset) -> FeaturePlan:
     if any(t.has_item for t in dataset.targets):
         candidates = (Category(name=ITEM, vocabulary=ITEM), *candidates)
     event_ids = _categories(dataset.event_attributes)
+    carriers = {
+        e.name: tuple(
+            i for i, s in enumerate(dataset.streams) if e.name in {a.name for a in s.attributes}
+        )
+        for e in event_ids
+    }
     bags = tuple(
         Bag(
             name=s.name,
@@ -115,8 +128,18 @@ def feature_plan(dataset: Dataset) -> FeaturePlan:
         ),
         bags=bags,
         user_numbers=tuple(d.name for d in dataset.dense_features),
-        matches=_matches(candidates, event_ids),
-        bag_matches=_matches(candidates, bags),
+        matches=tuple(
+            Match(candidate=c.name, name=e.name, streams=carriers[e.name])
+            for c in candidates
+            for e in event_ids
+            if c.vocabulary == e.vocabulary
+        ),
+        bag_matches=tuple(
+            Match(candidate=c.name, name=b.name)
+            for c in candidates
+            for b in bags
+            if c.vocabulary == b.vocabulary
+        ),
         utc_offset_us=dataset.utc_offset // _ONE_US,
         serve_delay_us=dataset.serve_delay // _ONE_US,
     )
@@ -132,14 +155,3 @@ def _categories(attributes: tuple[Attribute, ...]) -> tuple[Category, ...]:
 
 def _named(attributes: tuple[Attribute, ...], kind: Kind) -> tuple[str, ...]:
     return tuple(a.name for a in attributes if a.kind is kind)
-
-
-def _matches(
-    candidates: tuple[Category, ...], others: tuple[Category, ...] | tuple[Bag, ...]
-) -> tuple[Match, ...]:
-    return tuple(
-        Match(candidate=c.name, attribute=o.name)
-        for c in candidates
-        for o in others
-        if c.vocabulary == o.vocabulary
-    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NO_LABEL = -1  # as in feature_store.tables: the task is not asked of this target
+from feature_store.tables import NO_LABEL
 
 
 class Loss(NamedTuple):

@@ -1,0 +1,15 @@
+"""What an upstream model answers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Outputs(NamedTuple):
+    """logits (T, n_tasks) float32; user_logits, of the published user embeddings' own mix tower,
+    (T, n_tasks), or None where `logits` are those already."""
+
+    logits: Tensor
+    user_logits: Tensor | None = None

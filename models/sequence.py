@@ -1,0 +1,304 @@
+"""The event sequence model: a user's events, summarised for the item that is to be ranked.
+
+    events -> event model -> (causal self-attention, optional) -> event embeddings, once per row
+    target -> M queries; attention pooling over the target's visible prefix -> M embeddings
+    M embeddings, unpooled, + item and context -> interaction modules -> logits
+
+and for publishing, at a cutoff instead of for a target:
+
+    learned queries, the same pooling over the prefix at the cutoff -> K user embeddings
+    K user embeddings + item and context -> a mix tower of their own -> user_logits
+
+Pooling is O(M N) and not O(N N). Engineering at Meta, "Sequence learning", 2024-11-19.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from feature_store.days import DAY_US
+from models.attention import Null, RecencyBias, prefix_attention
+from models.batch import Batch
+from models.event import EventEncoder, event_positions, event_rows
+from models.features import FeaturePlan
+from models.history import (
+    match_numbers,
+    match_width,
+    stream_numbers,
+    target_pairs,
+    visible_pairs,
+)
+from models.numbers import Standardise
+from models.outputs import Outputs
+from models.tables import TableConfig, Tables
+from models.towers import MixTower, TargetEncoder, TowerConfig, mlp
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """Shape of an event sequence model.
+
+    Args:
+        embeddings: K, published per user.
+        tables: dimension D and sizes of the embedding tables.
+        width: E, of an event embedding.
+        queries: M, embeddings that the history is pooled to.
+        heads: attention heads of each of them.
+        head_dim: of a head.
+        layers: causal self-attention layers under the pooling.
+        matches: give the interaction the exact counts of `models.history` too.
+        mix, user_mix: the interaction modules over the M, and over the K embeddings.
+    """
+
+    embeddings: int = 2
+    tables: TableConfig = field(default_factory=TableConfig)
+    width: int = 64
+    queries: int = 4
+    heads: int = 2
+    head_dim: int = 16
+    layers: int = 0
+    matches: bool = True
+    mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(6,)))
+    user_mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,)))
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.tables.dim
+
+
+class AttentionPooling(nn.Module):
+    """Multi-headed attention pooling of a prefix of event embeddings to M embeddings.
+
+    Args:
+        width: E.
+        dim: D, of the M outputs.
+        queries, heads, head_dim: M, H and d.
+    """
+
+    def __init__(self, width: int, dim: int, *, queries: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.queries, self.heads, self.head_dim = queries, heads, head_dim
+        self.kv = nn.Linear(width, 2 * heads * head_dim)
+        self.null = nn.Parameter(torch.randn(2, heads, head_dim) * 0.1)
+        self.recency = RecencyBias(heads * queries)
+        self.out = nn.Linear(heads * head_dim, dim)
+
+    @property
+    def query_width(self) -> int:
+        """H M d, of what a target (or a parameter) has to give."""
+        return self.heads * self.queries * self.head_dim
+
+    def forward(
+        self,
+        events: Tensor,
+        query: Tensor,
+        *,
+        batch: Batch,
+        q_offsets: Tensor,
+        end: Tensor,
+        at: Tensor,
+    ) -> Tensor:
+        """Pool.
+
+        Args:
+            events: (N, E).
+            query: (Q, H M d), head-major.
+            q_offsets: (R+1,) int64, the queries of each row.
+            end: (Q,) int64, events of its row that a query sees.
+            at: (Q,) int64 microseconds, now as the query sees it.
+
+        Returns:
+            (Q, M, D).
+        """
+        shape = (self.heads, self.head_dim)
+        k, v = self.kv(events).chunk(2, dim=1)
+        pooled = prefix_attention(
+            query.unflatten(1, (self.heads * self.queries, self.head_dim)),
+            k.unflatten(1, shape),
+            v.unflatten(1, shape),
+            q_offsets=q_offsets,
+            kv_offsets=batch.event_offsets,
+            kv_end=end,
+            recency=self.recency(at, batch.event_time),
+            null=Null(self.null[0], self.null[1]),
+        )
+        # (Q, H M, d) -> (Q, M, H d)
+        pooled = pooled.unflatten(1, (self.heads, self.queries)).transpose(1, 2).flatten(2)
+        return self.out(pooled)
+
+
+class CausalLayer(nn.Module):
+    """A pre-norm transformer layer in which an event sees the events before it and itself.
+
+    Args:
+        width: E, a multiple of head_dim.
+        head_dim: of a head.
+    """
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        if width % head_dim:
+            raise ValueError(f"width {width} is no multiple of head_dim {head_dim}")
+        self.heads, self.head_dim = width // head_dim, head_dim
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.recency = RecencyBias(self.heads)
+        self.out = nn.Linear(width, width)
+        self.feed_norm = nn.LayerNorm(width)
+        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, events: Tensor, batch: Batch) -> Tensor:
+        """(N, E) -> (N, E)."""
+        shape = (self.heads, self.head_dim)
+        q, k, v = (x.unflatten(1, shape) for x in self.qkv(self.norm(events)).chunk(3, dim=1))
+        attended = prefix_attention(
+            q,
+            k,
+            v,
+            q_offsets=batch.event_offsets,
+            kv_offsets=batch.event_offsets,
+            kv_end=event_positions(batch) + 1,
+            recency=self.recency(batch.event_time, batch.event_time),
+        )
+        events = events + self.out(attended.flatten(1))
+        return events + self.feed(self.feed_norm(events))
+
+
+class Sequence(nn.Module):
+    """The event sequence model.
+
+    Args:
+        plan: the features.
+        config: its shape.
+        device: where it lives; fused tables cannot move later.
+    """
+
+    def __init__(
+        self, plan: FeaturePlan, config: SequenceConfig, *, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.plan, self.config = plan, config
+        dim, width = config.dim, config.width
+        features = (*plan.event_ids, *plan.candidates)
+        self.tables = Tables((f.vocabulary for f in features), config=config.tables, device=device)
+        self.event = EventEncoder(plan, dim, width)
+        self.layers = nn.ModuleList(
+            CausalLayer(width, config.head_dim) for _ in range(config.layers)
+        )
+        self.target = TargetEncoder(plan, dim)
+
+        sizes = {"queries": config.queries, "heads": config.heads, "head_dim": config.head_dim}
+        self.pooling = AttentionPooling(width, dim, **sizes)
+        inputs = (self.target.n_tokens + 1) * dim
+        self.query = mlp(inputs, 2 * width, self.pooling.query_width)
+        numbers = 2 * len(plan.streams) + match_width(plan) if config.matches else 0
+        self.history = Standardise(numbers)
+        self.history_dense = mlp(numbers, 64, dim) if config.matches else None
+        self.mix_tower = MixTower(
+            self.target.n_tokens + config.queries + config.matches,
+            dim,
+            len(plan.tasks),
+            config=config.mix,
+        )
+
+        self.user_pooling = AttentionPooling(width, dim, **sizes)
+        self.user_query = nn.Parameter(torch.randn(self.user_pooling.query_width) * 0.1)
+        self.user_history = Standardise(2 * len(plan.streams))
+        user_inputs = config.queries * dim + 2 * len(plan.streams)
+        self.user_out = mlp(user_inputs, 2 * width, config.embeddings * dim)
+        self.user_norm = nn.LayerNorm(dim)
+        self.user_mix_tower = MixTower(
+            self.target.n_tokens + config.embeddings, dim, len(plan.tasks), config=config.user_mix
+        )
+        self.to(device)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Logits of the M embeddings and of the K published ones, (T, n_tasks) each."""
+        lookups = self.event.lookups(batch)
+        embeddings = self.tables([*lookups, *self.target.lookups(batch)])
+        events = self._encode(batch, embeddings[: len(lookups)])
+        tokens, dense = self.target(batch, embeddings[len(lookups) :])
+        pooled = self.pooling(
+            events,
+            self.query(torch.cat([tokens.flatten(1), dense], dim=1)),
+            batch=batch,
+            q_offsets=batch.target_offsets,
+            end=batch.history_end,
+            at=batch.as_of,
+        )
+        mixed = [tokens, pooled]
+        if self.history_dense is not None:
+            pairs = target_pairs(batch)
+            exact = [
+                stream_numbers(batch, pairs, batch.as_of, self.plan),
+                match_numbers(batch, pairs, self.plan),
+            ]
+            mixed.append(self.history_dense(self.history(torch.cat(exact, dim=1)))[:, None])
+        logits = self.mix_tower(torch.cat(mixed, dim=1), dense)
+        users = self._users(batch, events, *served_prefix(batch, self.plan))
+        expanded = users.flatten(1).index_select(0, batch.row_of_target)
+        expanded = expanded.unflatten(1, users.shape[1:])
+        user_logits = self.user_mix_tower(torch.cat([tokens, expanded], dim=1), dense)
+        return Outputs(logits, user_logits)
+
+    def user_embeddings(self, batch: Batch, end: Tensor, at: Tensor) -> Tensor:
+        """The K embeddings of each row's user at an instant. Reads no target.
+
+        Args:
+            batch: rows and their events.
+            end: (R,) int64, how many of its events were available at `at`.
+            at: (R,) int64 microseconds.
+
+        Returns:
+            (R, K, D) float32.
+        """
+        events = self._encode(batch, self.tables(self.event.lookups(batch)))
+        return self._users(batch, events, end, at)
+
+    def _encode(self, batch: Batch, embeddings: list[Tensor]) -> Tensor:
+        events = self.event(batch, embeddings)
+        for layer in self.layers:
+            events = layer(events, batch)
+        return events
+
+    def _users(self, batch: Batch, events: Tensor, end: Tensor, at: Tensor) -> Tensor:
+        rows = torch.arange(batch.rows + 1, device=end.device)
+        pooled = self.user_pooling(
+            events,
+            self.user_query.expand(batch.rows, -1),
+            batch=batch,
+            q_offsets=rows,
+            end=end,
+            at=at,
+        )
+        pairs = visible_pairs(batch.event_offsets, rows[:-1], end)
+        numbers = self.user_history(stream_numbers(batch, pairs, at, self.plan))
+        mixed = self.user_out(torch.cat([pooled.flatten(1), numbers], dim=1))
+        return self.user_norm(mixed.unflatten(1, (self.config.embeddings, self.config.dim)))
+
+
+def served_prefix(batch: Batch, plan: FeaturePlan) -> tuple[Tensor, Tensor]:
+    """What the embedding that serves a row's day was made from.
+
+    The nightly job stopped reading `serve_delay` before the midnight that begins the day of the
+    row's targets. A row without targets gets an empty prefix.
+
+    Returns:
+        end (R,) int64, events of the row available before that cutoff; at (R,) int64, the cutoff.
+    """
+    counts = batch.target_offsets.diff()
+    if batch.targets == 0:
+        return torch.zeros_like(counts), torch.zeros_like(counts)
+    first = batch.target_offsets[:-1].clamp(max=batch.targets - 1)
+    as_of = batch.as_of.index_select(0, first)
+    cutoff = as_of - (as_of + plan.utc_offset_us) % DAY_US - plan.serve_delay_us
+    row = event_rows(batch)
+    early = batch.event_available < cutoff.index_select(0, row)
+    seen = F.pad(early.to(torch.int64).cumsum(0), (1, 0))
+    end = seen.index_select(0, batch.event_offsets).diff()
+    return torch.where(counts > 0, end, torch.zeros_like(end)), cutoff

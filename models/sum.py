@@ -1,0 +1,138 @@
+"""SUM, the upstream user model (arXiv 2311.09544).
+
+    user features -> user tower, a pyramid of interaction modules -> K user embeddings
+    K user embeddings + item and context features, no other user feature -> mix tower -> logits
+
+The user tower runs once per row; only its K embeddings are expanded to the row's targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from models.batch import Batch
+from models.features import FeaturePlan
+from models.interactions import Compress, InteractionConfig, Pyramid
+from models.outputs import Outputs
+from models.tables import TableConfig, Tables
+from models.towers import MixTower, TargetEncoder, TowerConfig, UserEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumConfig:
+    """Shape of a SUM model.
+
+    Args:
+        embeddings: K, published per user.
+        tables: dimension D and sizes of the embedding tables.
+        user: the user tower's modules.
+        mix: the mix tower's modules.
+        dense_tokens: embeddings that the dense user features become.
+    """
+
+    embeddings: int = 2
+    tables: TableConfig = field(default_factory=TableConfig)
+    user: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(12, 6)))
+    mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,)))
+    dense_tokens: int = 4
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.tables.dim
+
+
+def small() -> SumConfig:
+    """Two modules of MLP and DCN, K=2, D=32: trains on a laptop's CPU."""
+    return SumConfig()
+
+
+def paper() -> SumConfig:
+    """The production shape of the paper: four modules, all interactions, K=2, D=96."""
+    everything = ("mlp", "dot", "dcn", "mixer")
+    inside = InteractionConfig(hidden=512, compressed=16, cross_layers=3, cross_rank=128)
+    return SumConfig(
+        tables=TableConfig(dim=96),
+        user=TowerConfig(sizes=(40, 30, 20, 10), interactions=everything, inside=inside),
+        mix=TowerConfig(sizes=(15, 10), interactions=everything, inside=inside),
+        dense_tokens=8,
+    )
+
+
+PRESETS = {"small": small, "paper": paper}
+
+
+class UserTower(nn.Module):
+    """N_0 embeddings of user features to K user embeddings, each layer-normalised.
+
+    The norm keeps what is published within the range of fp16 and on one scale from day to day.
+    """
+
+    def __init__(self, n_in: int, dim: int, *, embeddings: int, config: TowerConfig) -> None:
+        super().__init__()
+        self.pyramid = Pyramid(
+            n_in, config.sizes, dim, interactions=config.interactions, config=config.inside
+        )
+        self.compress = Compress(self.pyramid.n_out, embeddings)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, dense: Tensor) -> Tensor:
+        """(R, N_0, D) and (R, D) -> (R, K, D)."""
+        return self.norm(self.compress(self.pyramid(tokens, dense)))
+
+
+class Sum(nn.Module):
+    """The upstream user model.
+
+    Args:
+        plan: the features.
+        config: its shape.
+        device: where it lives; fused tables cannot move later.
+    """
+
+    def __init__(
+        self, plan: FeaturePlan, config: SumConfig, *, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.plan, self.config = plan, config
+        features = (*plan.user_ids, *plan.bags, *plan.candidates)
+        self.tables = Tables((f.vocabulary for f in features), config=config.tables, device=device)
+        self.user = UserEncoder(plan, config.dim, dense_tokens=config.dense_tokens)
+        self.target = TargetEncoder(plan, config.dim)
+        self.user_tower = UserTower(
+            self.user.n_tokens, config.dim, embeddings=config.embeddings, config=config.user
+        )
+        self.mix_tower = MixTower(
+            self.target.n_tokens + config.embeddings,
+            config.dim,
+            len(plan.tasks),
+            config=config.mix,
+        )
+        self.to(device)
+
+    def user_embeddings(self, batch: Batch) -> Tensor:
+        """The K embeddings of each row's user, (R, K, D) float32. Reads no target and no event."""
+        return self._user(batch, self.tables(self.user.lookups(batch)))
+
+    def mix(self, batch: Batch, user_embeddings: Tensor) -> Tensor:
+        """Logits (T, n_tasks) of the targets, given the embeddings (R, K, D) of their users."""
+        return self._mix(batch, self.tables(self.target.lookups(batch)), user_embeddings)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Logits (T, n_tasks); they come from the published embeddings, so there are no others."""
+        lookups = self.user.lookups(batch)
+        embeddings = self.tables([*lookups, *self.target.lookups(batch)])
+        users = self._user(batch, embeddings[: len(lookups)])
+        return Outputs(self._mix(batch, embeddings[len(lookups) :], users))
+
+    def _user(self, batch: Batch, embeddings: list[Tensor]) -> Tensor:
+        return self.user_tower(*self.user(batch, embeddings))
+
+    def _mix(self, batch: Batch, embeddings: list[Tensor], users: Tensor) -> Tensor:
+        tokens, dense = self.target(batch, embeddings)
+        expanded = users.flatten(1).index_select(0, batch.row_of_target)
+        expanded = expanded.unflatten(1, users.shape[1:])
+        return self.mix_tower(torch.cat([tokens, expanded], dim=1), dense)

@@ -1,0 +1,146 @@
+"""What the models share: encoders of a target and of a user, and the mix tower.
+
+An encoder names its table lookups (`lookups`) and turns the embeddings that come back into tokens,
+embeddings of dimension D, and one dense embedding. A model gathers the lookups of its encoders
+and asks its tables once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from models.batch import Batch
+from models.clock import PHASES, phases
+from models.features import FeaturePlan
+from models.history import candidate_ids
+from models.interactions import InteractionConfig, Pyramid
+from models.numbers import Standardise
+from models.tables import Lookup, bag_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """Shape of a tower of interaction modules.
+
+    Args:
+        sizes: embeddings after each module.
+        interactions: names in `models.interactions.INTERACTIONS`, run in parallel.
+        inside: sizes inside the interactions.
+    """
+
+    sizes: tuple[int, ...]
+    interactions: tuple[str, ...] = ("mlp", "dcn")
+    inside: InteractionConfig = field(default_factory=InteractionConfig)
+
+
+def mlp(n_in: int, hidden: int, n_out: int) -> nn.Sequential:
+    """Two linear layers with a ReLU between."""
+    return nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
+
+
+class TargetEncoder(nn.Module):
+    """Item and context features of a target. Nothing about its user.
+
+    Tokens: one per candidate feature and one for the kind of target. Dense embedding: context
+    numbers, item features, and the phase of day and week at `as_of`.
+
+    Args:
+        plan: the features.
+        dim: D.
+        hidden: width of the MLP of the numbers.
+    """
+
+    def __init__(self, plan: FeaturePlan, dim: int, *, hidden: int = 64) -> None:
+        super().__init__()
+        self.plan = plan
+        self.kind = nn.Embedding(len(plan.target_kinds), dim)
+        numbers = len(plan.context_numbers) + len(plan.item_numbers)
+        self.standardise = Standardise(numbers)
+        self.dense = mlp(numbers + PHASES, hidden, dim)
+        self.n_tokens = len(plan.candidates) + 1
+
+    def lookups(self, batch: Batch) -> list[Lookup]:
+        """One per candidate feature, T embeddings each."""
+        return [Lookup(c.vocabulary, candidate_ids(batch, c.name)) for c in self.plan.candidates]
+
+    def numbers(self, batch: Batch) -> Tensor:
+        """(T, numbers + PHASES) float32, standardised."""
+        context = [batch.context_floats[n][:, None] for n in self.plan.context_numbers]
+        raw = torch.cat([*context, batch.item_features[:, : len(self.plan.item_numbers)]], dim=1)
+        return torch.cat([self.standardise(raw), phases(batch.as_of)], dim=1)
+
+    def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens (T, n_tokens, D) and the dense embedding (T, D)."""
+        kind = self.kind(batch.target_kind)
+        return torch.stack([*embeddings, kind], dim=1), self.dense(self.numbers(batch))
+
+
+class UserEncoder(nn.Module):
+    """The legacy user features: attributes, sparse features and dense features of `aggregates`.
+
+    Tokens: one per attribute, one per sparse feature (a weighted mean of its ids) and
+    `dense_tokens` of the dense features. Where a user has no aggregates the tokens are zeros and
+    the dense embedding says so.
+
+    Args:
+        plan: the features.
+        dim: D.
+        dense_tokens: tokens that the dense features become.
+        hidden: width of the MLP of the dense features.
+    """
+
+    def __init__(
+        self, plan: FeaturePlan, dim: int, *, dense_tokens: int = 2, hidden: int = 64
+    ) -> None:
+        super().__init__()
+        self.plan, self.dim, self.dense_tokens = plan, dim, dense_tokens
+        self.standardise = Standardise(len(plan.user_numbers))
+        self.dense = mlp(len(plan.user_numbers) + 1, hidden, (dense_tokens + 1) * dim)
+        self.n_tokens = len(plan.user_ids) + len(plan.bags) + dense_tokens
+
+    def lookups(self, batch: Batch) -> list[Lookup]:
+        """One per user attribute and sparse feature, R embeddings each."""
+        found = [Lookup(u.vocabulary, batch.user_ids[u.name]) for u in self.plan.user_ids]
+        for bag in self.plan.bags:
+            values, offsets, scores = batch.sparse[bag.name]
+            found.append(Lookup(bag.vocabulary, values, offsets, bag_weights(offsets, scores)))
+        return found
+
+    def numbers(self, batch: Batch) -> Tensor:
+        """(R, numbers + 1) float32: standardised dense features, and whether there are any."""
+        scaled = self.standardise(batch.dense, batch.has_aggregates > 0)
+        return torch.cat([scaled, batch.has_aggregates[:, None]], dim=1)
+
+    def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens (R, n_tokens, D) and the dense embedding (R, D)."""
+        outputs = self.dense(self.numbers(batch)).unflatten(1, (self.dense_tokens + 1, self.dim))
+        looked_up = [e[:, None] for e in embeddings]
+        return torch.cat([*looked_up, outputs[:, 1:]], dim=1), outputs[:, 0]
+
+
+class MixTower(nn.Module):
+    """DHEN-style (arXiv 2203.11014): tokens of a target and of its user interact into logits.
+
+    Args:
+        n_in: tokens.
+        dim: D.
+        n_tasks: logits per target.
+        config: the interaction modules.
+        hidden: width of the layer before the logits.
+    """
+
+    def __init__(
+        self, n_in: int, dim: int, n_tasks: int, *, config: TowerConfig, hidden: int = 64
+    ) -> None:
+        super().__init__()
+        self.pyramid = Pyramid(
+            n_in, config.sizes, dim, interactions=config.interactions, config=config.inside
+        )
+        self.head = mlp(self.pyramid.n_out * dim, hidden, n_tasks)
+
+    def forward(self, tokens: Tensor, dense: Tensor) -> Tensor:
+        """(T, n_in, D) and (T, D) -> logits (T, n_tasks)."""
+        return self.head(self.pyramid(tokens, dense).flatten(1))
