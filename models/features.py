@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from feature_store.days import DAY_US
 from feature_store.spec import Attribute, Dataset, Kind
 
 ITEM = "item"  # the vocabulary, and the name of a target's item as a feature
@@ -81,11 +80,6 @@ class FeaturePlan:
     bag_matches: tuple[Match, ...]
     utc_offset_us: int
     serve_delay_us: int
-
-    def cutoff_us(self, as_of_us: int) -> int:
-        """When the nightly job that serves the day of `as_of_us` stopped reading, UTC microseconds."""
-        local = as_of_us + self.utc_offset_us
-        return as_of_us - local % DAY_US - self.serve_delay_us
 
 
 def feature_plan(dataset: Dataset) -> FeaturePlan:

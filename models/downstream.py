@@ -1,0 +1,165 @@
+"""A downstream task model: a DLRM (arXiv 1906.00091) that can take published user embeddings.
+
+All arms of a comparison come from one configuration: context and item features only; with the
+legacy user features; with published embeddings, which enter as dense inputs with an explicit flag
+where a user has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.batch import Batch
+from models.features import FeaturePlan
+from models.history import bag_match_numbers, bag_match_width
+from models.numbers import Standardise
+from models.tables import TableConfig, Tables
+from models.towers import TargetEncoder, UserEncoder
+
+
+class Published(NamedTuple):
+    """A batch's published embeddings of one upstream model.
+
+    values (R, K, D) float32, anything where missing; present (R,) bool.
+    """
+
+    values: Tensor
+    present: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedSource:
+    """One upstream model whose embeddings are read: its name, K and D."""
+
+    name: str
+    embeddings: int
+    dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownstreamConfig:
+    """Shape of a downstream model.
+
+    Args:
+        use_user_features: read the legacy user features: attributes, sparse and dense.
+        sources: upstream models whose embeddings are read.
+        tables: dimension and sizes of the embedding tables.
+        hidden: widths of the top MLP.
+    """
+
+    use_user_features: bool = True
+    sources: tuple[PublishedSource, ...] = ()
+    tables: TableConfig = field(default_factory=lambda: TableConfig(dim=16))
+    hidden: tuple[int, int] = (128, 64)
+
+    @property
+    def dim(self) -> int:
+        """D of this model's own embeddings."""
+        return self.tables.dim
+
+
+class Downstream(nn.Module):
+    """One task's model.
+
+    The tokens (candidates, user features, published embeddings, the dense embedding) meet in their
+    pairwise dot products; those, the tokens themselves and the dense embedding go through an MLP.
+
+    Args:
+        plan: the features.
+        config: its shape.
+        device: where it lives; fused tables cannot move later.
+    """
+
+    def __init__(
+        self, plan: FeaturePlan, config: DownstreamConfig, *, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.plan, self.config = plan, config
+        dim = config.dim
+        features = [*plan.candidates]
+        if config.use_user_features:
+            features += [*plan.user_ids, *plan.bags]  # type: ignore[list-item]
+        self.tables = Tables((f.vocabulary for f in features), config=config.tables, device=device)
+        self.target = TargetEncoder(plan, dim)
+        n_tokens = self.target.n_tokens + 1
+        self.user: UserEncoder | None = None
+        if config.use_user_features:
+            self.user = UserEncoder(plan, dim)
+            self.user_dense = nn.Linear(dim, dim)
+            self.matches = Standardise(bag_match_width(plan))
+            self.match_dense = nn.Linear(bag_match_width(plan), dim, bias=False)
+            n_tokens += self.user.n_tokens
+        self.published = nn.ModuleDict(
+            {s.name: nn.Linear(s.dim, dim, bias=False) for s in config.sources}
+        )
+        self.missing = nn.ParameterDict(
+            {s.name: nn.Parameter(torch.zeros(s.embeddings, dim)) for s in config.sources}
+        )
+        n_tokens += sum(s.embeddings for s in config.sources)
+        self.register_buffer("_pairs", torch.triu_indices(n_tokens, n_tokens, 1), persistent=False)
+        wide, narrow = config.hidden
+        self.top = nn.Sequential(
+            nn.Linear(n_tokens * dim + self._pairs.shape[1], wide),
+            nn.ReLU(),
+            nn.Linear(wide, narrow),
+            nn.ReLU(),
+            nn.Linear(narrow, 1),
+        )
+        self.to(device)
+
+    def forward(self, batch: Batch, published: Mapping[str, Published] | None = None) -> Tensor:
+        """Logits of the task.
+
+        Args:
+            batch: R rows, T targets.
+            published: by upstream model, for each of `config.sources`.
+
+        Returns:
+            (T,) float32.
+
+        Raises:
+            ValueError: a source is not in `published`, or has another shape than configured.
+        """
+        lookups = self.target.lookups(batch)
+        user_lookups = [] if self.user is None else self.user.lookups(batch)
+        embeddings = self.tables([*lookups, *user_lookups])
+        tokens, dense = self.target(batch, embeddings[: len(lookups)])
+        of_user = []
+        if self.user is not None:
+            user_tokens, user_dense = self.user(batch, embeddings[len(lookups) :])
+            of_user.append(torch.cat([user_tokens, self.user_dense(user_dense)[:, None]], dim=1))
+        of_user += [self._published(s, batch, published or {}) for s in self.config.sources]
+        if of_user:
+            joined = torch.cat(of_user, dim=1)
+            expanded = joined.flatten(1).index_select(0, batch.row_of_target)
+            expanded = expanded.unflatten(1, joined.shape[1:])
+            if self.user is not None:
+                # the user's dense embedding joins the target's: both are one token
+                last = self.user.n_tokens
+                dense = dense + expanded[:, last] + self._matches(batch)
+                expanded = torch.cat([expanded[:, :last], expanded[:, last + 1 :]], dim=1)
+            tokens = torch.cat([tokens, expanded], dim=1)
+        x = torch.cat([tokens, dense[:, None]], dim=1)
+        dots = torch.bmm(x, x.transpose(1, 2))[:, self._pairs[0], self._pairs[1]]
+        return self.top(torch.cat([x.flatten(1), dots], dim=1)).squeeze(1)
+
+    def _matches(self, batch: Batch) -> Tensor:
+        return self.match_dense(self.matches(bag_match_numbers(batch, self.plan)))
+
+    def _published(
+        self, source: PublishedSource, batch: Batch, published: Mapping[str, Published]
+    ) -> Tensor:
+        if source.name not in published:
+            raise ValueError(f"published is {sorted(published)}: give the source {source.name!r}")
+        values, present = published[source.name]
+        shape = (batch.rows, source.embeddings, source.dim)
+        if values.shape != shape:
+            raise ValueError(f"{source.name} has shape {tuple(values.shape)}, expected {shape}")
+        known = present.to(torch.bool)[:, None, None]
+        values = torch.where(known, values, torch.zeros_like(values))
+        return torch.where(known, self.published[source.name](values), self.missing[source.name])

@@ -1,0 +1,246 @@
+"""Metrics of binary predictions, in NumPy, float64.
+
+Predictions are probabilities. Where a metric does not exist (no rows, one class only, a base rate
+of 0 or 1) or where a prediction is NaN, the answer is NaN and never an exception: a day without a
+conversion is not an error. Whoever logs a metric skips NaN.
+
+Normalized entropy is NE = mean logloss / H(p), with H the entropy of the *training* base rate p
+(He et al., 2014, section 3): 1 is the best constant, lower is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+_EPSILON = 1e-7  # float32 probabilities of exactly 0 or 1 would make the logloss infinite
+
+
+def row_logloss(labels: ArrayLike, predictions: ArrayLike) -> Array:
+    """Logloss of each row in nats, predictions clipped to [1e-7, 1 - 1e-7]."""
+    y = np.asarray(labels, dtype=np.float64)
+    p = np.clip(np.asarray(predictions, dtype=np.float64), _EPSILON, 1 - _EPSILON)
+    return -(y * np.log(p) + (1 - y) * np.log1p(-p))
+
+
+def logloss(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Mean logloss in nats; NaN without rows."""
+    rows = row_logloss(labels, predictions)
+    return float(rows.mean()) if rows.size else float("nan")
+
+
+def entropy(rate: float) -> float:
+    """Entropy in nats of a coin that gives 1 at `rate`; NaN unless 0 < rate < 1."""
+    if not 0 < rate < 1:
+        return float("nan")
+    return float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
+
+
+def normalized_entropy(labels: ArrayLike, predictions: ArrayLike, base_rate: float) -> float:
+    """Mean logloss over the entropy of the training base rate."""
+    return logloss(labels, predictions) / entropy(base_rate)
+
+
+def shift_intercept(labels: ArrayLike, predictions: ArrayLike) -> Array:
+    """The predictions with one constant added to every logit, so that their mean is the labels'.
+
+    Takes out a base rate that drifted and leaves the ranking. NaN where the labels are one class.
+    """
+    y = np.asarray(labels, dtype=np.float64)
+    p = np.clip(np.asarray(predictions, dtype=np.float64), _EPSILON, 1 - _EPSILON)
+    if not y.size or not 0 < y.mean() < 1 or np.isnan(p).any():
+        return np.full(p.shape, np.nan)
+    logits = np.log(p) - np.log1p(-p)
+    low, high = -40.0, 40.0
+    for _ in range(80):  # bisection: the mean rises with the shift
+        middle = (low + high) / 2
+        too_high = _sigmoid(logits + middle).mean() > y.mean()
+        low, high = (low, middle) if too_high else (middle, high)
+    return _sigmoid(logits + (low + high) / 2)
+
+
+def shifted_normalized_entropy(
+    labels: ArrayLike, predictions: ArrayLike, base_rate: float
+) -> float:
+    """NE after an intercept shift; `base_rate` is the training one as in NE."""
+    return normalized_entropy(labels, shift_intercept(labels, predictions), base_rate)
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def _ranks(values: Array) -> Array:
+    """Ranks from 1, ties averaged."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    counts = np.diff(np.r_[first, len(values)])
+    mean_rank = first + (counts + 1) / 2
+    ranks = np.empty(len(values))
+    ranks[order] = np.repeat(mean_rank, counts)
+    return ranks
+
+
+def auc(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Area under the ROC curve: the chance that a positive is above a negative, ties half."""
+    y = np.asarray(labels, dtype=np.float64)
+    p = np.asarray(predictions, dtype=np.float64)
+    positives = y.sum()
+    negatives = len(y) - positives
+    if positives == 0 or negatives == 0 or np.isnan(p).any():
+        return float("nan")
+    total = _ranks(p)[y == 1].sum()
+    return float((total - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def grouped_auc(labels: ArrayLike, predictions: ArrayLike, users: ArrayLike) -> float:
+    """gAUC: AUC within each user, weighted by the user's rows; users of one class are left out."""
+    y = np.asarray(labels, dtype=np.float64)
+    p = np.asarray(predictions, dtype=np.float64)
+    if not y.size or np.isnan(p).any():
+        return float("nan")
+    _, user = np.unique(np.asarray(users), return_inverse=True)
+    order = np.lexsort((p, user))
+    y, p, user = y[order], p[order], user[order]
+    rows = np.bincount(user).astype(np.float64)
+    start = np.r_[0, np.cumsum(rows)[:-1]]
+    # ranks within the user: global ranks of the (user, prediction) order less the user's start
+    tied = np.flatnonzero(np.r_[True, (user[1:] != user[:-1]) | (p[1:] != p[:-1])])
+    counts = np.diff(np.r_[tied, len(p)])
+    ranks = np.repeat(tied + (counts + 1) / 2, counts) - start[user]
+    positives = np.bincount(user, weights=y)
+    negatives = rows - positives
+    above = np.bincount(user, weights=ranks * y) - positives * (positives + 1) / 2
+    both = (positives > 0) & (negatives > 0)
+    if not both.any():
+        return float("nan")
+    per_user = above[both] / (positives[both] * negatives[both])
+    return float(np.average(per_user, weights=rows[both]))
+
+
+def calibration(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Sum of predictions over sum of labels: 1 is calibrated; NaN without positives."""
+    positives = float(np.sum(labels, dtype=np.float64))
+    return float(np.sum(predictions, dtype=np.float64)) / positives if positives else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationCurve:
+    """Per bin of about equally many rows, lowest first: mean prediction, mean label, rows."""
+
+    predicted: Array
+    observed: Array
+    rows: NDArray[np.int64]
+
+
+def calibration_curve(
+    labels: ArrayLike, predictions: ArrayLike, *, bins: int = 20
+) -> CalibrationCurve:
+    """Predictions against labels in bins of equal size (fewer bins than asked where rows are few)."""
+    y = np.asarray(labels, dtype=np.float64)
+    p = np.asarray(predictions, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    parts = [part for part in np.array_split(order, min(bins, max(len(order), 1))) if len(part)]
+    return CalibrationCurve(
+        predicted=np.array([p[part].mean() for part in parts]),
+        observed=np.array([y[part].mean() for part in parts]),
+        rows=np.array([len(part) for part in parts], dtype=np.int64),
+    )
+
+
+def summary(
+    labels: ArrayLike, predictions: ArrayLike, base_rate: float, users: ArrayLike | None = None
+) -> dict[str, float]:
+    """Every metric of one task: rows, positives, logloss, ne, shifted_ne, auc, gauc, calibration."""
+    found = {
+        "rows": float(np.size(labels)),
+        "positives": float(np.sum(labels)),
+        "logloss": logloss(labels, predictions),
+        "ne": normalized_entropy(labels, predictions, base_rate),
+        "shifted_ne": shifted_normalized_entropy(labels, predictions, base_rate),
+        "auc": auc(labels, predictions),
+        "calibration": calibration(labels, predictions),
+    }
+    if users is not None:
+        found["gauc"] = grouped_auc(labels, predictions, users)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A difference with its bootstrap interval; all NaN where there is nothing to compare."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_ne_difference(
+    labels: ArrayLike,
+    predictions: ArrayLike,
+    baseline: ArrayLike,
+    users: ArrayLike,
+    base_rate: float,
+    *,
+    samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """NE of `predictions` minus NE of `baseline` on the same rows: negative is better.
+
+    A paired bootstrap that draws users and not rows, since the rows of one user are not
+    independent. Each user is reduced to the sum of its loss differences and its rows, so a sample
+    costs the users and not the rows.
+
+    Returns:
+        The observed difference and the percentile interval at `confidence`.
+    """
+    nothing = Interval(mean=float("nan"), low=float("nan"), high=float("nan"))
+    h = entropy(base_rate)
+    difference = row_logloss(labels, predictions) - row_logloss(labels, baseline)
+    if not difference.size or np.isnan(h) or np.isnan(difference).any():
+        return nothing
+    _, user = np.unique(np.asarray(users), return_inverse=True)
+    sums = np.bincount(user, weights=difference)
+    rows = np.bincount(user).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    draws = np.empty(samples)
+    for i in range(samples):
+        weight = np.bincount(rng.integers(len(sums), size=len(sums)), minlength=len(sums))
+        draws[i] = (weight @ sums) / (weight @ rows) / h
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Interval(mean=float(difference.mean() / h), low=float(low), high=float(high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """A feature's permutation importance: how much the NE rises when its values are shuffled."""
+
+    rank: int  # 1 is the most important
+    feature: str
+    ne_increase: float
+
+
+def importance_ranking(ne: float, permuted: Mapping[str, float]) -> list[Importance]:
+    """Rank features by the NE that the model has with each of them permuted.
+
+    Args:
+        ne: with nothing permuted.
+        permuted: feature -> NE with it permuted; NaN ranks last.
+
+    Returns:
+        Most important first; ties by name.
+    """
+    rises = {name: value - ne for name, value in permuted.items()}
+    order = sorted(rises, key=lambda n: (np.isnan(rises[n]), -np.nan_to_num(rises[n]), n))
+    return [
+        Importance(rank=i + 1, feature=name, ne_increase=float(rises[name]))
+        for i, name in enumerate(order)
+    ]
