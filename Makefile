@@ -11,7 +11,7 @@ LOCK_SUM := $(shell cksum < requirements.lock | cut -d' ' -f1)
 STAMP := .venv/installed-$(LOCK_SUM)
 LOG := .venv/install.log
 OURS := dags feature_store jobs models
-RANGE = $(if $(SOURCE),--source '$(SOURCE)') $(if $(FROM),--from $(FROM)) $(if $(TO),--to $(TO))
+RANGE = $(if $(SOURCE),--source '$(SOURCE)') $(if $(FROM),--first $(FROM)) $(if $(TO),--last $(TO))
 
 # bytecode is compiled by install; a run writes under HEADWATER_HOME only
 export PYTHONDONTWRITEBYTECODE = 1

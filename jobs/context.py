@@ -90,7 +90,8 @@ class JobContext:
         parse_day(self.ds)
         if self.ds < self.dataset.first_day:
             raise DataError(
-                f"day is {self.ds}: {self.dataset.name} begins on {self.dataset.first_day}, choose that day or a later one"
+                f"day is {self.ds}: {self.dataset.name} begins on {self.dataset.first_day}, "
+                "choose that day or a later one"
             )
         if self.model is not None and self.model not in self.dataset.models:
             raise SpecError(
@@ -104,7 +105,8 @@ class JobContext:
         """The dataset's tables."""
         from feature_store.lake import Lake
 
-        return Lake(self.settings.lake_root, self.dataset)
+        docs_root = self.settings.quality_dir(self.dataset.name)
+        return Lake(self.settings.lake_root, self.dataset, docs_root=docs_root)
 
     @cached_property
     def spark(self) -> SparkSession:
