@@ -275,9 +275,11 @@ class Lake:
         parse_day(ds)
         values = self._values(contract, ds, model)
         with self._staging(contract.name, values) as folder:
+            importing = quality.warm_up()
             stage(folder)
             files = self._staged(contract, folder, values)
             staged = pads.dataset(list(files), schema=_stored(contract), filesystem=self._fs)
+            importing.join()
             quality.validate(self.dataset, contract.name, ds, staged, model=model, docs_root=self.docs_root)
             version = self._commit(contract, values, files)
             partition = Partition(

@@ -1,15 +1,274 @@
-"""Quality gate (being written)."""
+"""The quality gate: a Great Expectations suite per table, derived from the contract and the spec.
+
+A suite runs in process, over a narrow pandas frame of the staged rows (`checks.py`): no engine, one
+pass over the files, and a tenth of a second for a small partition. The page of every validation is
+kept as a static file, `<docs_root>/<table>/<ds>.html`; a refused one as `<ds>.refused.html` beside
+the page of the partition that stays. Nothing else is written.
+
+Great Expectations takes seconds to import: `warm_up` does it in the background, while the engine
+computes what is to be validated.
+"""
 
 from __future__ import annotations
 
+import html
+import importlib
+import os
+import threading
+import uuid
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.dataset as pads
 
-from feature_store.spec import Dataset
+from feature_store.checks import FAULTS, PLAIN, YEAR_2000_US, YEAR_2100_US, checked
+from feature_store.days import HOUR_US, end_us, shift, start_us
+from feature_store.errors import QualityError
+from feature_store.spec import Dataset, IdType
+from feature_store.tables import contract
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from great_expectations import ExpectationSuite
+    from great_expectations.core import ExpectationSuiteValidationResult, ExpectationValidationResult
+
+_BATCH_ROWS = 65_536
+_SHOWN = 3
+_MICROSECONDS = "times are UTC microseconds; look at their unit, and at the day that the rows are sent to"
+_REMEDIES = {
+    "incomplete": "drop these rows at the source, or give them the missing value of their kind",
+    "out_of_range": "mend these values at the source",
+    "misaligned": "arrays of one group are built from the same rows, in the same order",
+    "unordered": "sort the history by (available_time, stream, event_id)",
+    "leaks": "a target sees exactly the events with available_time < as_of",
+}
+
+
+def warm_up() -> threading.Thread:
+    """Import Great Expectations in the background; `join` the thread before using it."""
+    thread = threading.Thread(target=_great_expectations, name="import great_expectations", daemon=True)
+    thread.start()
+    return thread
+
+
+def suite(dataset: Dataset, table: str, ds: str) -> ExpectationSuite:
+    """What has to hold of the partition `ds` of `table`, as seen by `checks.checked`.
+
+    Raises:
+        SpecError: the dataset has no such table.
+    """
+    _great_expectations()
+    from great_expectations import ExpectationSuite
+    from great_expectations import expectations as gxe
+
+    shape = contract(dataset, table)
+    start, end = start_us(ds, dataset.utc_offset), end_us(ds, dataset.utc_offset)
+    plain = PLAIN[table]
+
+    def between(column: str, low: float | None, high: float | None, remedy: str) -> Any:
+        return gxe.ExpectColumnValuesToBeBetween(
+            column=column, min_value=low, max_value=high, meta={"remedy": remedy}
+        )
+
+    def names(column: str, known: list[str]) -> Any:
+        remedy = "declare the name in the spec, or drop the rows"
+        return gxe.ExpectColumnValuesToBeInSet(column=column, value_set=known, meta={"remedy": remedy})
+
+    def not_after(first: str, second: str, remedy: str) -> Any:
+        return gxe.ExpectColumnPairValuesAToBeGreaterThanB(
+            column_A=second, column_B=first, or_equal=True, meta={"remedy": remedy}
+        )
+
+    def one(column: str) -> Any:
+        return gxe.ExpectColumnUniqueValueCountToBeBetween(
+            column=column, max_value=1, meta={"remedy": "publish one snapshot per partition"}
+        )
+
+    found: list[Any] = [
+        gxe.ExpectColumnValuesToBeNull(column=kind, meta={"remedy": _REMEDIES[kind]}) for kind in FAULTS[table]
+    ]
+    duplicates = {"remedy": "drop duplicates by the key before publishing"}
+    if len(shape.key) == 1:
+        found.append(gxe.ExpectColumnValuesToBeUnique(column=shape.key[0], meta=duplicates))
+    else:
+        found.append(gxe.ExpectCompoundColumnsToBeUnique(column_list=list(shape.key), meta=duplicates))
+    for column, kind in (("user_id", dataset.user_id_type), ("item_id", dataset.item_id_type)):
+        remedy = "an id is not negative and not empty; drop the row at the source, or give it an id"
+        if column in plain or column in shape.key:
+            found.append(
+                between(column, 0, None, remedy)
+                if kind is IdType.INT64
+                else gxe.ExpectColumnValueLengthsToBeBetween(column=column, min_value=1, meta={"remedy": remedy})
+            )
+    if table == "events":
+        found += [
+            names("stream", [s.name for s in dataset.streams]),
+            between("available_time", start, end - 1, _MICROSECONDS),
+            between("event_time", YEAR_2000_US, YEAR_2100_US, _MICROSECONDS),
+            not_after("event_time", "available_time", "available_time is max(event_time, ingest_time) + delay"),
+            not_after("ingest_time", "available_time", "available_time is max(event_time, ingest_time) + delay"),
+        ]
+    elif table == "impressions":
+        found += [
+            names("target", [t.name for t in dataset.targets]),
+            between("as_of", start, end - 1, _MICROSECONDS),
+            between("time", YEAR_2000_US, YEAR_2100_US, _MICROSECONDS),
+            not_after("as_of", "time", "features look at nothing after as_of, which is at or before time"),
+        ]
+    elif table == "labels":
+        shown = sorted({shift(ds, -t.matures_after) for t in dataset.tasks})
+        found += [names("task", [t.name for t in dataset.tasks]), names("shown_ds", shown)]
+    elif table == "examples":
+        found.append(between("part", 0, None, "parts of a user-day count from 0"))
+    elif table == "item_aggregates":
+        last = (end - 1) // HOUR_US
+        found.append(between("hour", start // HOUR_US, last, "hours since the epoch, UTC, of this day"))
+    elif table == "truth":
+        found += [
+            names("task", [t.name for t in dataset.tasks]),
+            between("probability", 0.0, 1.0, "a probability is between 0 and 1"),
+        ]
+    elif table == "user_embeddings":
+        found += [one("snapshot"), one("embeddings"), one("dim")]
+        found.append(between("pooled_days", 1, 3, "pooled is the mean over ds, ds - 1 and ds - 2"))
+    return ExpectationSuite(name=f"{dataset.name}.{table}", expectations=found)
 
 
 def validate(
     dataset: Dataset, table: str, ds: str, data: pads.Dataset, *, docs_root: Path, model: str = ""
 ) -> None:
-    """Nothing yet."""
+    """Run the suite of `table` over the rows of `data`, and keep the page.
+
+    Args:
+        data: the staged files, without their partition columns. Read once, in bounded batches; what
+            is kept of a row is its key, times and faults.
+        docs_root: where pages are kept.
+        model: of the partition, where the table is partitioned by model.
+
+    Raises:
+        QualityError: names table, day, expectation, value and a few offending keys.
+    """
+    rows = _frame(dataset, table, ds, data)
+    gx, context = _great_expectations()
+    name = f"{dataset.name}.{table}"
+    source = context.data_sources.add_or_update_pandas("staged")
+    batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe(ds)
+    result = batch.get_batch({"dataframe": rows}).validate(
+        suite(dataset, table, ds), result_format={"result_format": "SUMMARY", "partial_unexpected_count": 20}
+    )
+    _keep_page(result, docs_root, Path(table) / model, ds, title=f"{name} {model} {ds}".replace("  ", " "))
+    failed = [r for r in result.results if not r.success]
+    if failed:
+        raise QualityError(_sentence(dataset, table, ds, model, rows, failed))
+
+
+@cache
+def _great_expectations() -> tuple[Any, Any]:
+    """The module and an ephemeral context that reports to nobody and draws no progress bars."""
+    # Set before the import, which reads it; an ephemeral context keeps no other configuration.
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    gx = importlib.import_module("great_expectations")
+    base = importlib.import_module("great_expectations.data_context.types.base")
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = base.ProgressBarsConfig(globally=False, metric_calculations=False)
+    return gx, context
+
+
+def _frame(dataset: Dataset, table: str, ds: str, data: pads.Dataset) -> pd.DataFrame:
+    partitioned_by = contract(dataset, table).partitioned_by
+    columns = [n for n in contract(dataset, table).schema.names if n not in partitioned_by]
+    empty = pa.RecordBatch.from_pylist([], schema=pa.schema([data.schema.field(c) for c in columns]))
+    scanner = data.scanner(columns=columns, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=1)
+    batches = [checked(dataset, table, ds, b) for b in scanner.to_batches() if b.num_rows]
+    narrow = pa.Table.from_batches(batches or [checked(dataset, table, ds, empty)])
+    return narrow.unify_dictionaries().to_pandas()
+
+
+def _sentence(
+    dataset: Dataset,
+    table: str,
+    ds: str,
+    model: str,
+    rows: pd.DataFrame,
+    failed: list[ExpectationValidationResult],
+) -> str:
+    first = failed[0]
+    config, outcome = first.expectation_config, first.result
+    arguments = {k: v for k, v in config.kwargs.items() if k not in ("batch_id", "strict_min", "strict_max")}
+    columns = [arguments.pop(k) for k in ("column", "column_A", "column_B") if k in arguments]
+    columns = arguments.pop("column_list", columns)
+    limits = ", ".join(f"{k} {v}" for k, v in arguments.items() if v is not None)
+    values = outcome.get("partial_unexpected_list", [])
+    if values:
+        count = f"{outcome['unexpected_count']} of {outcome['element_count']} rows"
+        shown = values[0]
+        bad = _offending(rows, columns, values)
+        key = list(contract(dataset, table).key)
+        keys = "; ".join(
+            ", ".join(f"{k} {v}" for k, v in row.items()) for row in bad[key].head(_SHOWN).to_dict("records")
+        )
+        what = f"fails for {count}, value {shown}, at {keys}"
+    elif "observed_value" in outcome:
+        what = f"fails with {outcome['observed_value']}"
+    else:
+        what = f"could not be computed ({first.exception_info})"
+    others = f" ({len(failed) - 1} more expectations fail)" if len(failed) > 1 else ""
+    name = f"{dataset.name}.{table}" + (f" of model {model}" if model else "")
+    return (
+        f"{name} {ds}: {config.type}({', '.join(columns)}{'; ' + limits if limits else ''}) {what}{others}: "
+        f"{(config.meta or {}).get('remedy', 'mend the source')}; nothing was published"
+    )
+
+
+def _offending(rows: pd.DataFrame, columns: list[str], values: list[Any]) -> pd.DataFrame:
+    """The rows that hold one of the unexpected `values` of `columns`."""
+    if len(columns) == 1:
+        return rows[rows[columns[0]].isin(values)]
+    wanted = {tuple(v.values()) if isinstance(v, dict) else tuple(v) for v in values}
+    return rows[[tuple(v) in wanted for v in rows[columns].itertuples(index=False)]]
+
+
+def _keep_page(
+    result: ExpectationSuiteValidationResult, docs_root: Path, folder: Path, ds: str, *, title: str
+) -> None:
+    """Render one validation with Great Expectations' own views, and link it from the index."""
+    from great_expectations.render.renderer import ValidationResultsPageRenderer
+    from great_expectations.render.view import DefaultJinjaPageView
+
+    result.meta["run_id"] = {"run_name": title, "run_time": result.meta["batch_markers"]["ge_load_time"]}
+    page = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result))
+    home = docs_root / folder
+    home.mkdir(parents=True, exist_ok=True)
+    up = "../" * len(folder.parts)
+    page = page.replace("../../../../index.html", f"{up}index.html")
+    refused = home / f"{ds}.refused.html"
+    _replace(home / f"{ds}.html" if result.success else refused, page)
+    if result.success:
+        refused.unlink(missing_ok=True)
+    _replace(docs_root / "index.html", _index(docs_root))
+
+
+def _index(docs_root: Path) -> str:
+    tables: dict[str, list[str]] = {}
+    for path in sorted(docs_root.glob("*/**/*.html")):
+        link = path.relative_to(docs_root)
+        style = ' style="color:#b00020"' if path.name.endswith(".refused.html") else ""
+        entry = f'<a href="{html.escape(str(link))}"{style}>{html.escape(path.stem)}</a>'
+        tables.setdefault(str(link.parent), []).append(entry)
+    rows = "".join(f"<tr><th>{html.escape(t)}</th><td>{' '.join(links)}</td></tr>" for t, links in tables.items())
+    return (
+        '<!doctype html><meta charset="utf-8"><title>Data quality</title>'
+        "<style>body{font:15px sans-serif;margin:2em}th{text-align:left;padding:.4em 1em .4em 0;"
+        "vertical-align:top}td a{margin-right:.6em;white-space:nowrap}</style>"
+        f"<h1>Data quality: {html.escape(docs_root.name)}</h1>"
+        "<p>The newest validation of each partition; red: refused, the partition stayed as it was.</p>"
+        f"<table>{rows}</table>"
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
