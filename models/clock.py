@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from feature_store.days import DAY_US
-
+DAY_US = 86_400_000_000
 PHASES = 6
 _CYCLES = ((DAY_US, 1), (DAY_US, 2), (7 * DAY_US, 1))
 

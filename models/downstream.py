@@ -91,8 +91,9 @@ class Downstream(nn.Module):
         if config.use_user_features:
             self.user = UserEncoder(plan, dim)
             self.user_dense = nn.Linear(dim, dim)
-            self.matches = Standardise(bag_match_width(plan))
-            self.match_dense = nn.Linear(bag_match_width(plan), dim, bias=False)
+            if plan.bag_matches:
+                self.matches = Standardise(bag_match_width(plan))
+                self.match_dense = nn.Linear(bag_match_width(plan), dim, bias=False)
             n_tokens += self.user.n_tokens
         self.published = nn.ModuleDict(
             {s.name: nn.Linear(s.dim, dim, bias=False) for s in config.sources}
@@ -141,15 +142,15 @@ class Downstream(nn.Module):
             if self.user is not None:
                 # the user's dense embedding joins the target's: both are one token
                 last = self.user.n_tokens
-                dense = dense + expanded[:, last] + self._matches(batch)
+                dense = dense + expanded[:, last]
+                if self.plan.bag_matches:
+                    numbers = self.matches(bag_match_numbers(batch, self.plan))
+                    dense = dense + self.match_dense(numbers)
                 expanded = torch.cat([expanded[:, :last], expanded[:, last + 1 :]], dim=1)
             tokens = torch.cat([tokens, expanded], dim=1)
         x = torch.cat([tokens, dense[:, None]], dim=1)
         dots = torch.bmm(x, x.transpose(1, 2))[:, self._pairs[0], self._pairs[1]]
         return self.top(torch.cat([x.flatten(1), dots], dim=1)).squeeze(1)
-
-    def _matches(self, batch: Batch) -> Tensor:
-        return self.match_dense(self.matches(bag_match_numbers(batch, self.plan)))
 
     def _published(
         self, source: PublishedSource, batch: Batch, published: Mapping[str, Published]

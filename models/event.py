@@ -41,8 +41,9 @@ class EventEncoder(nn.Module):
         self.compress = nn.ParameterDict(
             {c.name: nn.Parameter(torch.randn(width, dim) * scale) for c in plan.event_ids}
         )
-        self.standardise = Standardise(len(plan.event_numbers))
-        self.numbers = nn.Linear(len(plan.event_numbers), width, bias=False)
+        if plan.event_numbers:
+            self.standardise = Standardise(len(plan.event_numbers))
+            self.numbers = nn.Linear(len(plan.event_numbers), width, bias=False)
         self.vectors = nn.ModuleDict(
             {name: nn.Linear(size, width, bias=False) for name, size in plan.event_vectors}
         )

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from feature_store.days import DAY_US
 from models.attention import Null, RecencyBias, prefix_attention
 from models.batch import Batch
+from models.clock import DAY_US
 from models.event import EventEncoder, event_positions, event_rows
 from models.features import FeaturePlan
 from models.history import (
