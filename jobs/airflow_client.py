@@ -14,6 +14,7 @@ _PAGE = 100
 _TRIES = 5  # SQLite answers 503 or 500 while another process holds it
 
 ACTIVE = ("queued", "running")
+BACKFILL_DAYS = 2  # of a backfill that run at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,11 @@ class TaskRun:
 
 
 class AirflowError(RuntimeError):
-    """Airflow refused a request, or did not answer."""
+    """Airflow refused a request, or did not answer. `status` is its HTTP status, 0 for no answer."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class AirflowClient:
@@ -74,7 +79,9 @@ class AirflowClient:
                 problem = f"{answer.status_code}: {answer.text[:500]}"
                 continue
             if answer.is_error:
-                raise AirflowError(f"{method} {path}: {answer.status_code}: {answer.text[:500]}")
+                raise AirflowError(
+                    f"{method} {path}: {answer.status_code}: {answer.text[:500]}", answer.status_code
+                )
             return answer.json() if answer.content else None
         raise AirflowError(f"{method} {path} failed {_TRIES} times, last {problem}")
 
@@ -120,7 +127,7 @@ class AirflowClient:
         try:
             self.request("POST", "/pools", json=body)
         except AirflowError as error:
-            if ": 409:" not in str(error):
+            if error.status != 409:
                 raise
             self.request("PATCH", f"/pools/{name}", json=body | {"pool": name})
 
@@ -177,40 +184,34 @@ class AirflowClient:
             if not page[key] or len(found) >= (page["total_entries"] or 0):
                 return found
 
-    def backfill(self, dag_id: str, first: str, last: str, *, again: bool, backwards: bool = False) -> None:
+    def backfill(self, dag_id: str, first: str, last: str, *, again: bool) -> None:
         """Start a backfill of the days from `first` to `last`, both included.
 
         Args:
-            again: make runs beside those that are done; otherwise only days without a run get one.
-            backwards: newest day first.
+            again: make runs beside those that are over; otherwise only days without a run get one.
+
+        Raises:
+            AirflowError: for one (409), another backfill of the DAG is active.
         """
         body = {
             "dag_id": dag_id,
             "from_date": f"{first}T00:00:00Z",
             "to_date": f"{last}T00:00:00Z",
             "reprocess_behavior": "completed" if again else "none",
-            "run_backwards": backwards,
-            "max_active_runs": 2,
+            "max_active_runs": BACKFILL_DAYS,
         }
         self.request("POST", "/backfills", json=body)
-
-    def cancel_backfills(self, dag_id: str) -> None:
-        """End what is left of earlier backfills of the DAG, as a second one is refused beside them."""
-        for found in self.request("GET", "/backfills", params={"dag_id": dag_id, "limit": 1000})["backfills"]:
-            if found["completed_at"] is None:
-                self.request("PUT", f"/backfills/{found['id']}/cancel")
 
     def trigger(self, dag_id: str, day: str) -> None:
         """Start a run of a day."""
         self.request("POST", f"/dags/{dag_id}/dagRuns", json={"logical_date": None, "partition_key": day})
 
     def restart(self, run: DagRun) -> None:
-        """Run the failed tasks of a run again, and what follows them in it."""
-        self.request(
-            "POST",
-            f"/dags/{run.dag_id}/dagRuns/{run.run_id}/clear",
-            json={"dry_run": False, "only_failed": True},
-        )
+        """Run the failed tasks of a run again and what follows them in it; all, where it failed unstarted."""
+        path = f"/dags/{run.dag_id}/dagRuns/{run.run_id}"
+        tasks = self.request("GET", f"{path}/taskInstances")["task_instances"]
+        failed = any(t["state"] in ("failed", "upstream_failed") for t in tasks)
+        self.request("POST", f"{path}/clear", json={"dry_run": False, "only_failed": failed})
 
     def post_event(self, asset: str, day: str) -> None:
         """Say that `asset` of `day` is there.

@@ -1,8 +1,8 @@
 """Airflow's services on this machine: api-server, scheduler and DAG processor, on loopback only.
 
 SQLite, tasks as local processes, and everything that they write in one folder. A run that was killed
-leaves processes behind; whoever comes next ends them. They are found by the `AIRFLOW_HOME` in their
-environment, so services of another checkout are never touched.
+leaves processes behind; whoever comes next ends them. They are found by a mark in their environment
+that names the folder, so that neither another checkout's nor a person's own processes are touched.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ import psutil
 from filelock import FileLock, Timeout
 
 from feature_store.errors import HeadwaterError
-from jobs.airflow_client import AirflowClient
+from jobs.airflow_client import AirflowClient, TaskRun
 from jobs.settings import REPOSITORY
 
 START_SECONDS = 180
 STOP_SECONDS = 15
+_MARK = "HEADWATER_SERVICES_OF"  # in the environment of every process that is started here
 _WEB_PORT = 8080  # taken where it is free, so that the address is the usual one
 
 
@@ -73,6 +74,11 @@ class AirflowServices:
     def logs(self) -> Path:
         """Folder of task logs."""
         return self.home / "logs"
+
+    def task_log(self, task: TaskRun) -> Path:
+        """Where the log of a task's newest attempt is."""
+        run = f"dag_id={task.dag_id}/run_id={task.run_id}/task_id={task.task_id}"
+        return self.logs / run / f"attempt={task.attempt}.log"
 
     def acquire(self) -> None:
         """Take the folder for this process and end what a dead run left in it.
@@ -124,7 +130,8 @@ class AirflowServices:
         marks = ",".join("?" * len(ids))
         with contextlib.closing(sqlite3.connect(self._database)) as database, database:
             waiting = (
-                f"SELECT id FROM asset_partition_dag_run WHERE created_dag_run_id IS NULL AND target_dag_id IN ({marks})"
+                "SELECT id FROM asset_partition_dag_run "
+                f"WHERE created_dag_run_id IS NULL AND target_dag_id IN ({marks})"
             )
             database.execute(
                 f"DELETE FROM partitioned_asset_key_log WHERE asset_partition_dag_run_id IN ({waiting})", ids
@@ -174,7 +181,9 @@ class AirflowServices:
         for name, process in self._processes.items():
             code = process.poll()
             if code is not None:
-                raise ServiceError(f"airflow {name} ended with {code}: see {self._log_path(name)}; start again to go on")
+                raise ServiceError(
+                    f"airflow {name} ended with {code}: see {self._log_path(name)}; start again to go on"
+                )
 
     def stop(self, *, gently: bool = True) -> None:
         """End the services and their tasks. Not gently: at once, so that tasks count as interrupted.
@@ -243,6 +252,7 @@ class AirflowServices:
             **inherited,
             **{f"AIRFLOW__{k}": v for k, v in settings.items()},
             "AIRFLOW_HOME": str(self.home),
+            _MARK: str(self.home),
             "PYTHONPATH": path,
             "TMPDIR": str(scratch),
             **self.environment,
@@ -287,13 +297,13 @@ def read_state(home: Path) -> dict[str, object]:
 
 
 def end_processes(home: Path) -> None:
-    """Kill every process of this user whose `AIRFLOW_HOME` is `home`: services, workers and jobs."""
+    """Kill what was started for the Airflow in `home`: services, workers and jobs."""
     ours = []
     for process in psutil.process_iter():
         if process.pid == os.getpid():
             continue
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get("AIRFLOW_HOME") == str(home):
+            if process.environ().get(_MARK) == str(home):
                 ours.append(process)
     for process in ours:
         with contextlib.suppress(psutil.Error):

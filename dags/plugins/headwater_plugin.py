@@ -6,7 +6,7 @@ serialized timetable refers to the class by its module, so there must be one of 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from airflow.partition_mappers.base import PartitionMapper
 from airflow.plugins_manager import AirflowPlugin
@@ -35,4 +35,4 @@ class HeadwaterPlugin(AirflowPlugin):
     """Registers what timetables of ours are made of."""
 
     name = "headwater"
-    partition_mappers = [NextDayMapper]
+    partition_mappers: ClassVar[list[type[PartitionMapper]]] = [NextDayMapper]
