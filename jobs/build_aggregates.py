@@ -25,7 +25,7 @@ from feature_store.tables import (
     user_attribute_column,
     value_type,
 )
-from jobs.frames import conform, empty, hour_of, is_id, missing, spark_type
+from jobs.frames import conform, empty, hour_of, is_id, missing, spark_type, values
 
 if TYPE_CHECKING:
     from jobs.context import JobContext
@@ -70,7 +70,7 @@ def transform(events: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
     for sparse in dataset.sparse_features:
         kind = spark_type(table.schema.field(sparse_column(sparse.name)).type)
         entries = F.col(f"s__{sparse.name}")
-        ids = F.transform(entries, lambda e, k=_id_field(dataset, sparse): e[k])
+        ids = values(entries, _id_field(dataset, sparse))
         columns.append(F.coalesce(ids.cast(kind), empty(kind)).alias(sparse_column(sparse.name)))
         if sparse.scored:
             scores = F.transform(entries, lambda e: (-e["rank"]).cast("float"))
@@ -89,9 +89,8 @@ def _user_attributes(dataset: Dataset) -> list[Column]:
     for user_attribute in dataset.user_attributes:
         attribute = dataset.stream(user_attribute.stream).attribute(user_attribute.attribute)
         value = F.col(attribute.name)
-        known = is_id(value, attribute.id_type) if attribute.kind == "categorical" else value.isNotNull()
+        known = (F.col("stream") == user_attribute.stream) & is_id(value, attribute.id_type)
         newest = F.struct("available_time", "event_id", value.alias("value"))
-        known = (F.col("stream") == user_attribute.stream) & known
         columns.append(F.max(F.when(known, newest)).alias(user_attribute_column(user_attribute.name)))
     return columns
 

@@ -78,17 +78,8 @@ def transform(
         for s in dataset.streams
         for n in _history_names(dataset, s)
     ]  # fmt: skip
-    target = [
-        values(F.col("targets"), name).alias(name)
-        for name in contract(dataset, "examples").schema.names
-        if name.startswith("targets__") and not name.startswith("targets__history_end__")
-    ]
-    ends = [
-        F.transform(
-            "targets", lambda t, s=s.name: (t[f"seen__{s}"] + F.col(f"shift__{s}")).cast("int")
-        ).alias(history_end_column(s.name))
-        for s in dataset.streams
-    ]
+    target = [values(F.col("targets"), name).alias(name) for name in _target_names(dataset)]
+    ends = [_history_end(s).alias(history_end_column(s.name)) for s in dataset.streams]
     rows = packed.select("user_id", "part", *history, *target, *ends)
     known = aggregates.drop("ds").withColumn("has_aggregates", F.lit(1))
     return conform(_with_user_features(rows.join(known, "user_id", "left"), dataset), contract(dataset, "examples"), ds)
@@ -198,8 +189,9 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
         *(F.when(F.col("stream") == s.name, F.lit(i)) for i, s in enumerate(streams)), F.lit(len(streams))
     )
     event = F.struct("event_time", *(a.name for a in dataset.event_attributes)).alias("event")
+    no_target = F.lit(None).cast(_target_type(dataset)).alias("target")  # Sail would fill in a void column
     rows = events.select(
-        "user_id", F.col("available_time").alias("at"), index.alias("stream"), F.col("event_id").alias("id"), event
+        "user_id", F.col("available_time").alias("at"), index.alias("stream"), F.col("event_id").alias("id"), event, no_target
     ).unionByName(
         targets.select(
             "user_id", F.col("as_of").alias("at"), F.lit(_TARGET).alias("stream"), F.col("target_id").alias("id"), "target"
@@ -223,12 +215,13 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
     rows = rows.select("*", part.alias("own_part"), last_part.alias("last_part"))
     # An event is in the base of every later part that starts before `max_events` more of its stream.
     per_stream = Window.partitionBy("user_id", "stream").orderBy("position")
+    rows = rows.select(
+        "*",
+        *(F.lead("own_part", s.max_events).over(per_stream).alias(f"until__{s.name}") for s in streams),
+    )
     until = F.coalesce(
         F.when(F.col("stream") == _TARGET, F.col("own_part")),
-        *(
-            F.when(F.col("stream") == i, F.lead("own_part", s.max_events).over(per_stream))
-            for i, s in enumerate(streams)
-        ),
+        *(F.when(F.col("stream") == i, F.col(f"until__{s.name}")) for i, s in enumerate(streams)),
         F.col("last_part"),
     )
     rows = rows.select("*", F.explode(F.sequence(F.col("own_part"), until)).alias("part"))
@@ -246,7 +239,7 @@ def _pack(rows: DataFrame, dataset: Dataset) -> DataFrame:
     """
     columns = []
     for i, stream in enumerate(dataset.streams):
-        event = event_struct(stream, first=("position", "at"), source="event.")
+        event = event_struct(stream, first=("position", F.col("at").alias("available_time")), source="event.")
         is_ours, own = F.col("stream") == i, ~F.col("carried")
         earlier = F.col(f"seen__{stream.name}") - is_ours.cast("int")
         columns += [
@@ -255,13 +248,25 @@ def _pack(rows: DataFrame, dataset: Dataset) -> DataFrame:
             F.min(F.when(own, earlier)).alias(f"earlier__{stream.name}"),
         ]
     seen = [f"seen__{s.name}" for s in dataset.streams]
-    target = F.struct("position", "target.*", *seen)
+    fields = (F.col(f"target.{name}").alias(name) for name in _target_names(dataset))
+    target = F.struct("position", *fields, *seen)
     columns.append(F.sort_array(F.collect_list(F.when(F.col("stream") == _TARGET, target))).alias("targets"))
     return rows.groupBy("user_id", "part").agg(*columns).where(F.size("targets") > 0)
 
 
 def _history_names(dataset: Dataset, stream: EventStream) -> list[str]:
     return [n for n in history_types(dataset, stream) if n != "event_id"]
+
+
+def _target_names(dataset: Dataset) -> list[str]:
+    names = contract(dataset, "examples").schema.names
+    return [n for n in names if n.startswith("targets__") and not n.startswith("targets__history_end__")]
+
+
+def _target_type(dataset: Dataset) -> str:
+    schema = contract(dataset, "examples").schema
+    fields = (f"{n}: {spark_type(schema.field(n).type.value_type)}" for n in _target_names(dataset))
+    return f"struct<{', '.join(fields)}>"
 
 
 def _histories(dataset: Dataset) -> list[Column]:
@@ -283,6 +288,11 @@ def _histories(dataset: Dataset) -> list[Column]:
             for n in _history_names(dataset, stream)
         ]
     return columns
+
+
+def _history_end(stream: EventStream) -> Column:
+    moved = F.col(f"shift__{stream.name}")
+    return F.transform("targets", lambda target: target[f"seen__{stream.name}"] + moved)
 
 
 def _with_user_features(rows: DataFrame, dataset: Dataset) -> DataFrame:

@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 from feature_store.days import day_range, end_us, micros, shift
 from feature_store.spec import Dataset, EventLabel, GivenLabel, IdType, Kind, Task
 from feature_store.tables import NO_LABEL, context_column, contract, label_column
-from jobs.frames import conform, is_id
+from jobs.frames import conform, is_id, values
 
 if TYPE_CHECKING:
     from jobs.context import JobContext
@@ -100,7 +100,7 @@ def _is_asked(task: Task, dataset: Dataset) -> Column:
 
 def _collect(answers: DataFrame, name: str) -> Column:
     pairs = F.sort_array(F.collect_list(F.struct("position", name)))
-    return F.transform(pairs, lambda pair: pair[name])
+    return values(pairs, name)
 
 
 def _given(
@@ -118,7 +118,7 @@ def _given(
         F.sort_array(F.collect_list(F.struct("position", *(t.name for t in tasks)))).alias("answers")
     )
     per_task = [
-        F.struct(F.lit(t.name).alias("task"), F.transform("answers", lambda a, n=t.name: a[n]).alias("labels"))
+        F.struct(F.lit(t.name).alias("task"), values(F.col("answers"), t.name).alias("labels"))
         for t in tasks
     ]
     return rows.select(*_ROW, F.explode(F.array(*per_task)).alias("a")).select(*_ROW, "a.task", "a.labels")
@@ -143,7 +143,8 @@ def _from_events(
         attribute = stream.attribute(name)
         if attribute.kind is Kind.CATEGORICAL:
             came = came.where(is_id(F.col(name), attribute.id_type))
-    line = targets.select(*_ROW, "position", *ours, F.col("time").alias("at"), _is_asked(task, dataset).alias("asked"))
+    line = targets.select(*_ROW, "position", *ours, F.col("time").alias("at"), _is_asked(task, dataset).alias("asked"),
+                          F.lit(None).cast("bigint").alias("next"))
     line = line.unionByName(
         came.select("user_id", *theirs, F.col("event_time").alias("at"), F.col("event_time").alias("next")),
         allowMissingColumns=True,

@@ -77,7 +77,7 @@ def last(array: Column, count: Column | int) -> Column:
     return F.slice(array, length - count + 1, count)
 
 
-def event_struct(stream: EventStream, *, first: tuple[str, ...], source: str = "") -> Column:
+def event_struct(stream: EventStream, *, first: tuple[Column | str, ...], source: str = "") -> Column:
     """One event of `stream` as a struct that sorts by the columns `first`; missing values filled in.
 
     Args:
