@@ -9,7 +9,6 @@ than all of these features.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 from pyspark.sql import Column, DataFrame
@@ -23,14 +22,22 @@ from feature_store.tables import (
     scores_column,
     sparse_column,
     user_attribute_column,
-    value_type,
 )
-from jobs.frames import conform, empty, hour_of, is_id, missing, spark_type, values
+from jobs import item_features
+from jobs.frames import (
+    conform,
+    days_from,
+    empty,
+    is_id,
+    missing,
+    publish,
+    read,
+    spark_type,
+    values,
+)
 
 if TYPE_CHECKING:
     from jobs.context import JobContext
-
-SEEN_DAYS = 30  # how long an item is remembered that nobody touches
 
 
 def cutoff_us(dataset: Dataset, ds: str) -> int:
@@ -57,7 +64,8 @@ def transform(events: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
     start = cutoff - dataset.window_days * DAY_US
     events = events.where((F.col("available_time") >= start) & (F.col("available_time") < cutoff))
     users = events.groupBy("user_id").agg(
-        *_user_attributes(dataset), *(_dense(f, cutoff).alias(f"d__{f.name}") for f in dataset.dense_features)
+        *_user_attributes(dataset),
+        *(_dense(f, cutoff).alias(f"d__{f.name}") for f in dataset.dense_features),
     )
     if dataset.sparse_features:
         users = users.join(_sparse(events, dataset, cutoff), "user_id", "left")
@@ -74,7 +82,9 @@ def transform(events: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
         columns.append(F.coalesce(ids.cast(kind), empty(kind)).alias(sparse_column(sparse.name)))
         if sparse.scored:
             scores = F.transform(entries, lambda e: (-e["rank"]).cast("float"))
-            columns.append(F.coalesce(scores, empty("array<float>")).alias(scores_column(sparse.name)))
+            columns.append(
+                F.coalesce(scores, empty("array<float>")).alias(scores_column(sparse.name))
+            )
     for dense in dataset.dense_features:
         columns.append(_dense_value(dense).alias(dense_column(dense.name)))
     return conform(users.select(*columns), table, ds)
@@ -91,7 +101,9 @@ def _user_attributes(dataset: Dataset) -> list[Column]:
         value = F.col(attribute.name)
         known = (F.col("stream") == user_attribute.stream) & is_id(value, attribute.id_type)
         newest = F.struct("available_time", "event_id", value.alias("value"))
-        columns.append(F.max(F.when(known, newest)).alias(user_attribute_column(user_attribute.name)))
+        columns.append(
+            F.max(F.when(known, newest)).alias(user_attribute_column(user_attribute.name))
+        )
     return columns
 
 
@@ -158,31 +170,30 @@ def _sparse(events: DataFrame, dataset: Dataset, cutoff: int) -> DataFrame:
     return ids.groupBy("user_id").agg(*lists)
 
 
-def item_transform(events: DataFrame, earlier: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
-    """Events on each item by the hour in which they became available, and when it was first seen.
+def run(context: JobContext) -> None:
+    """Build `aggregates`, and `item_aggregates` where the spec has item features.
 
-    Args:
-        events: partition `ds` of `events`.
-        earlier: partitions of `item_aggregates` of the `SEEN_DAYS` days before `ds`. An item keeps
-            its `first_seen` as long as somebody touches it every so many days.
+    Raises:
+        MissingPartitionError: events in the longest window, or item counts of a day before, are
+            missing.
     """
-    assert dataset.item_features is not None
-    streams = dataset.item_features.streams
-    kind = spark_type(contract(dataset, "item_aggregates").schema.field("item_id").type)
-    found = [
-        F.when(
-            (F.col("stream") == stream) & is_id(F.col(attribute), dataset.item_id_type),
-            F.struct(F.col(attribute).cast(kind).alias("item_id"), F.lit(stream).alias("counted")),
-        )
-        for stream, attribute in streams
-    ]
-    items = events.select(
-        "available_time", F.explode(F.filter(F.array(*found), lambda e: e.isNotNull())).alias("entry")
-    ).select("available_time", "entry.*")
-    hours = items.groupBy("item_id", hour_of(F.col("available_time")).alias("hour")).agg(
-        *(F.count(F.when(F.col("counted") == s, 1)).alias(f"events__{s}") for s in dict(streams)),
-        F.min("available_time").alias("seen"),
+    dataset, ds = context.dataset, context.ds
+    inputs: dict[str, int] = {}
+    days = days_from(context.lake, "events", event_days(dataset, ds)[0], ds)
+    publish(
+        context, "aggregates", transform(read(context, "events", days, inputs), dataset, ds), inputs
     )
-    seen = earlier.select("item_id", F.col("first_seen").alias("seen")).unionByName(hours.select("item_id", "seen"))
-    first = seen.groupBy("item_id").agg(F.min("seen").alias("first_seen"))
-    return conform(hours.join(first, "item_id"), contract(dataset, "item_aggregates"), ds)
+    if dataset.item_features is None:
+        return
+    inputs = {}
+    events = read(context, "events", [ds], inputs)
+    earlier = item_features.load(context, shift(ds, -1), inputs)
+    publish(
+        context, "item_aggregates", item_features.transform(events, earlier, dataset, ds), inputs
+    )
+
+
+if __name__ == "__main__":
+    from jobs.context import main
+
+    main("build_aggregates")

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from feature_store.days import HOUR_US, day_of, day_range, shift, start_us
+from feature_store.days import shift
 from feature_store.spec import Dataset, EventStream
 from feature_store.tables import (
     context_column,
     contract,
     history_column,
     history_end_column,
-    item_feature_column,
 )
-from jobs.build_aggregates import SEEN_DAYS
+from jobs import item_features
+from jobs.build_sequences import load_events, load_state, rebuild
 from jobs.frames import (
     conform,
     empty,
@@ -36,9 +36,9 @@ from jobs.frames import (
     history_types,
     hour_of,
     is_id,
-    last,
     missing,
-    pack_events,
+    publish,
+    read,
     spark_type,
     values,
 )
@@ -65,7 +65,7 @@ def transform(
         events, impressions: partition `ds` of each.
         state: one row per user, the sequences at the end of the day before (`frames.newest`).
         aggregates: the partition of the day before; empty on the first day.
-        item_aggregates: partitions of the `SEEN_DAYS` days before `ds` and of `ds`; None where the
+        item_aggregates: partitions of the days that it reaches back and of `ds`; None where the
             dataset declares no item features.
     """
     targets = _targets(impressions, item_aggregates, dataset, ds)
@@ -82,7 +82,11 @@ def transform(
     ends = [_history_end(s).alias(history_end_column(s.name)) for s in dataset.streams]
     rows = packed.select("user_id", "part", *history, *target, *ends)
     known = aggregates.drop("ds").withColumn("has_aggregates", F.lit(1))
-    return conform(_with_user_features(rows.join(known, "user_id", "left"), dataset), contract(dataset, "examples"), ds)
+    return conform(
+        _with_user_features(rows.join(known, "user_id", "left"), dataset),
+        contract(dataset, "examples"),
+        ds,
+    )
 
 
 def _first_time(events: DataFrame, state: DataFrame, dataset: Dataset) -> DataFrame:
@@ -107,73 +111,22 @@ def _targets(
         (F.array_position(kinds, F.col("target")) - 1).cast("int").alias("targets__target"),
         F.col("time").alias("targets__time"),
         F.col("as_of").alias("targets__as_of"),
-        F.when(known_item, F.col("item_id")).otherwise(no_item).cast(spark_type(item)).alias("targets__item_id"),
+        F.when(known_item, F.col("item_id"))
+        .otherwise(no_item)
+        .cast(spark_type(item))
+        .alias("targets__item_id"),
     ]
     values_ += [
-        F.coalesce(F.col(c.name), missing(c)).alias(context_column(c.name)) for c in dataset.context_features
+        F.coalesce(F.col(c.name), missing(c)).alias(context_column(c.name))
+        for c in dataset.context_features
     ]
     if dataset.item_features is not None:
         assert item_aggregates is not None
         targets = impressions.withColumn("hour", hour_of(F.col("as_of")))
-        found = _item_features(targets.where(known_item), item_aggregates, dataset, ds)
+        found = item_features.asked(targets.where(known_item), item_aggregates, dataset, ds)
         impressions = targets.join(found, ["item_id", "hour"], "left")
-        values_ += _item_values(dataset)
+        values_ += item_features.features(dataset)
     return impressions.select("user_id", "as_of", "target_id", F.struct(*values_).alias("target"))
-
-
-def _item_features(
-    targets: DataFrame, item_aggregates: DataFrame, dataset: Dataset, ds: str
-) -> DataFrame:
-    """Counts of each (item_id, hour) among `targets` over the hours that closed before `hour`.
-
-    A window over the union of counted hours and asked hours, instead of a range join.
-    """
-    assert dataset.item_features is not None
-    streams, windows = dict(dataset.item_features.streams), dataset.item_features.windows_hours
-    counts = [f"events__{s}" for s in streams]
-    asked = targets.select("item_id", "hour").distinct()
-    nothing = [F.lit(None).cast("bigint").alias(c) for c in (*counts, "first_seen")]
-    by_item = item_aggregates.select("item_id", "hour", *counts, "first_seen", F.lit(0).alias("asked"))
-    by_item = by_item.unionByName(asked.select("item_id", "hour", *nothing, F.lit(1).alias("asked")))
-    per_item = Window.partitionBy("item_id").orderBy("hour")
-    item_sums = [
-        F.sum(f"events__{s}").over(per_item.rangeBetween(-w, -1)).alias(f"{s}_{w}h")
-        for s in streams
-        for w in windows
-    ]
-    seen = F.min("first_seen").over(per_item.rangeBetween(Window.unboundedPreceding, -1)).alias("seen")
-    items = by_item.select("item_id", "hour", "asked", *item_sums, seen).where(F.col("asked") == 1)
-    if not windows:
-        return items
-    first_hour = start_us(ds, dataset.utc_offset) // HOUR_US - max(windows)
-    recent = item_aggregates.where(F.col("hour") >= first_hour)
-    hours = recent.groupBy("hour").agg(*(F.sum(c).alias(c) for c in counts))
-    every_hour = F.sequence(F.lit(first_hour), F.lit(first_hour + max(windows) + 25))
-    calendar = item_aggregates.sparkSession.range(1).select(F.explode(every_hour).cast("bigint").alias("hour"))
-    over_hours = Window.partitionBy(F.lit(0)).orderBy("hour")
-    totals = calendar.join(hours, "hour", "left").select(
-        "hour",
-        *(
-            F.sum(f"events__{s}").over(over_hours.rangeBetween(-w, -1)).alias(f"{s}_all_{w}h")
-            for s in streams
-            for w in windows
-        ),
-    )
-    return items.join(totals, "hour", "left")
-
-
-def _item_values(dataset: Dataset) -> list[Column]:
-    assert dataset.item_features is not None
-    columns = []
-    for stream, _ in dataset.item_features.streams:
-        for hours in dataset.item_features.windows_hours:
-            count = F.coalesce(F.col(f"{stream}_{hours}h"), F.lit(0)).cast("double")
-            total = F.greatest(F.coalesce(F.col(f"{stream}_all_{hours}h"), F.lit(0)), F.lit(1)).cast("double")
-            columns += [F.log1p(count), F.log1p(F.lit(1e4) * count / total)]
-    age = (F.col("as_of") - F.col("seen")).cast("double") / F.lit(float(HOUR_US))
-    columns.append(F.coalesce(F.log1p(age), F.lit(-1.0).cast("double")))
-    names = [item_feature_column(n) for n in dataset.item_features.names]
-    return [c.cast("float").alias(n) for c, n in zip(columns, names, strict=True)]
 
 
 def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFrame:
@@ -186,15 +139,27 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
     """
     streams = dataset.streams
     index = F.coalesce(
-        *(F.when(F.col("stream") == s.name, F.lit(i)) for i, s in enumerate(streams)), F.lit(len(streams))
+        *(F.when(F.col("stream") == s.name, F.lit(i)) for i, s in enumerate(streams)),
+        F.lit(len(streams)),
     )
     event = F.struct("event_time", *(a.name for a in dataset.event_attributes)).alias("event")
-    no_target = F.lit(None).cast(_target_type(dataset)).alias("target")  # Sail would fill in a void column
+    no_target = (
+        F.lit(None).cast(_target_type(dataset)).alias("target")
+    )  # Sail would fill in a void column
     rows = events.select(
-        "user_id", F.col("available_time").alias("at"), index.alias("stream"), F.col("event_id").alias("id"), event, no_target
+        "user_id",
+        F.col("available_time").alias("at"),
+        index.alias("stream"),
+        F.col("event_id").alias("id"),
+        event,
+        no_target,
     ).unionByName(
         targets.select(
-            "user_id", F.col("as_of").alias("at"), F.lit(_TARGET).alias("stream"), F.col("target_id").alias("id"), "target"
+            "user_id",
+            F.col("as_of").alias("at"),
+            F.lit(_TARGET).alias("stream"),
+            F.col("target_id").alias("id"),
+            "target",
         ),
         allowMissingColumns=True,
     )  # fmt: skip
@@ -206,7 +171,10 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
         "*",
         (F.row_number().over(timeline) - 1).alias("position"),
         *(
-            F.sum((F.col("stream") == i).cast("int")).over(so_far).cast("int").alias(f"seen__{s.name}")
+            F.sum((F.col("stream") == i).cast("int"))
+            .over(so_far)
+            .cast("int")
+            .alias(f"seen__{s.name}")
             for i, s in enumerate(streams)
         ),
         F.count(F.lit(1)).over(whole).alias("rows"),
@@ -217,7 +185,10 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
     per_stream = Window.partitionBy("user_id", "stream").orderBy("position")
     rows = rows.select(
         "*",
-        *(F.lead("own_part", s.max_events).over(per_stream).alias(f"until__{s.name}") for s in streams),
+        *(
+            F.lead("own_part", s.max_events).over(per_stream).alias(f"until__{s.name}")
+            for s in streams
+        ),
     )
     until = F.coalesce(
         F.when(F.col("stream") == _TARGET, F.col("own_part")),
@@ -239,7 +210,9 @@ def _pack(rows: DataFrame, dataset: Dataset) -> DataFrame:
     """
     columns = []
     for i, stream in enumerate(dataset.streams):
-        event = event_struct(stream, first=("position", F.col("at").alias("available_time")), source="event.")
+        event = event_struct(
+            stream, first=("position", F.col("at").alias("available_time")), source="event."
+        )
         is_ours, own = F.col("stream") == i, ~F.col("carried")
         earlier = F.col(f"seen__{stream.name}") - is_ours.cast("int")
         columns += [
@@ -250,7 +223,9 @@ def _pack(rows: DataFrame, dataset: Dataset) -> DataFrame:
     seen = [f"seen__{s.name}" for s in dataset.streams]
     fields = (F.col(f"target.{name}").alias(name) for name in _target_names(dataset))
     target = F.struct("position", *fields, *seen)
-    columns.append(F.sort_array(F.collect_list(F.when(F.col("stream") == _TARGET, target))).alias("targets"))
+    columns.append(
+        F.sort_array(F.collect_list(F.when(F.col("stream") == _TARGET, target))).alias("targets")
+    )
     return rows.groupBy("user_id", "part").agg(*columns).where(F.size("targets") > 0)
 
 
@@ -260,7 +235,9 @@ def _history_names(dataset: Dataset, stream: EventStream) -> list[str]:
 
 def _target_names(dataset: Dataset) -> list[str]:
     names = contract(dataset, "examples").schema.names
-    return [n for n in names if n.startswith("targets__") and not n.startswith("targets__history_end__")]
+    return [
+        n for n in names if n.startswith("targets__") and not n.startswith("targets__history_end__")
+    ]
 
 
 def _target_type(dataset: Dataset) -> str:
@@ -284,7 +261,9 @@ def _histories(dataset: Dataset) -> list[Column]:
             (base - F.col(f"earlier__{name}")).alias(f"shift__{name}"),
         ]
         columns += [
-            F.coalesce(F.col(history_column(name, n)), empty(types[n])).alias(f"before__{name}__{n}")
+            F.coalesce(F.col(history_column(name, n)), empty(types[n])).alias(
+                f"before__{name}__{n}"
+            )
             for n in _history_names(dataset, stream)
         ]
     return columns
@@ -308,3 +287,42 @@ def _with_user_features(rows: DataFrame, dataset: Dataset) -> DataFrame:
         elif name.startswith("dense__"):
             filled[name] = F.coalesce(name, F.lit(float("nan")).cast("float"))
     return rows.withColumns(filled)
+
+
+def run(context: JobContext) -> None:
+    """Build `examples` of the context's day.
+
+    Raises:
+        MissingPartitionError: something of the day, or of the day before, is missing.
+    """
+    dataset, ds, yesterday = context.dataset, context.ds, shift(context.ds, -1)
+    inputs: dict[str, int] = {}
+    state = load_state(context, yesterday, inputs)
+    if state is None and any(day <= yesterday for day in context.lake.partitions("events")):
+        state = rebuild(load_events(context, yesterday, inputs), dataset, yesterday, base=True)
+    elif state is None:
+        state = context.lake.frame(context.spark, "sequences", [yesterday])
+    if any(day <= yesterday for day in context.lake.partitions("aggregates")):
+        aggregates = read(context, "aggregates", [yesterday], inputs)
+    else:
+        aggregates = context.lake.frame(context.spark, "aggregates", [yesterday])
+    items = None
+    if dataset.item_features is not None:
+        context.lake.require("item_aggregates", [ds])
+        items = item_features.load(context, ds, inputs)
+    frame = transform(
+        events=read(context, "events", [ds], inputs),
+        impressions=read(context, "impressions", [ds], inputs),
+        state=state,
+        aggregates=aggregates,
+        item_aggregates=items,
+        dataset=dataset,
+        ds=ds,
+    )
+    publish(context, "examples", frame, inputs)
+
+
+if __name__ == "__main__":
+    from jobs.context import main
+
+    main("build_examples")

@@ -14,9 +14,9 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from feature_store.days import day_range, end_us, micros, shift
-from feature_store.spec import Dataset, EventLabel, GivenLabel, IdType, Kind, Task
+from feature_store.spec import Dataset, EventLabel, GivenLabel, Kind, Task
 from feature_store.tables import NO_LABEL, context_column, contract, label_column
-from jobs.frames import conform, is_id, values
+from jobs.frames import conform, is_id, publish, read, values
 
 if TYPE_CHECKING:
     from jobs.context import JobContext
@@ -84,7 +84,10 @@ def _targets(examples: DataFrame, dataset: Dataset, tasks: list[Task]) -> DataFr
         names[name] = context_column(name) if name in context else f"targets__{name}"
     zipped = F.arrays_zip(*(F.col(column).alias(name) for name, column in names.items()))
     rows = examples.select(
-        "user_id", F.col("ds").alias("shown_ds"), "part", F.posexplode(zipped).alias("position", "t")
+        "user_id",
+        F.col("ds").alias("shown_ds"),
+        "part",
+        F.posexplode(zipped).alias("position", "t"),
     )
     return rows.select(*_ROW, "position", *(F.col("t").getField(n).alias(n) for n in names))
 
@@ -106,7 +109,11 @@ def _collect(answers: DataFrame, name: str) -> Column:
 def _given(
     targets: DataFrame, impressions: DataFrame, dataset: Dataset, tasks: list[Task]
 ) -> DataFrame:
-    labels = list(dict.fromkeys(label_column(t.label.column) for t in tasks if isinstance(t.label, GivenLabel)))
+    labels = list(
+        dict.fromkeys(
+            label_column(t.label.column) for t in tasks if isinstance(t.label, GivenLabel)
+        )
+    )
     answers = targets.join(impressions.select("target_id", *labels), "target_id", "left")
     columns = []
     for task in tasks:
@@ -115,13 +122,17 @@ def _given(
         columns.append(F.coalesce(answer, F.lit(NO_LABEL)).cast("int").alias(task.name))
     answers = answers.select(*_ROW, "position", *columns)
     rows = answers.groupBy(*_ROW).agg(
-        F.sort_array(F.collect_list(F.struct("position", *(t.name for t in tasks)))).alias("answers")
+        F.sort_array(F.collect_list(F.struct("position", *(t.name for t in tasks)))).alias(
+            "answers"
+        )
     )
     per_task = [
         F.struct(F.lit(t.name).alias("task"), values(F.col("answers"), t.name).alias("labels"))
         for t in tasks
     ]
-    return rows.select(*_ROW, F.explode(F.array(*per_task)).alias("a")).select(*_ROW, "a.task", "a.labels")
+    return rows.select(*_ROW, F.explode(F.array(*per_task)).alias("a")).select(
+        *_ROW, "a.task", "a.labels"
+    )
 
 
 def _from_events(
@@ -137,23 +148,71 @@ def _from_events(
     ours = [F.col(name).alias(key) for key, (name, _) in zip(keys, label.match, strict=True)]
     theirs = [F.col(name).alias(key) for key, (_, name) in zip(keys, label.match, strict=True)]
     came = events.where(
-        (F.col("stream") == stream.name) & (F.col("available_time") < end_us(ds, dataset.utc_offset))
+        (F.col("stream") == stream.name)
+        & (F.col("available_time") < end_us(ds, dataset.utc_offset))
     )
     for _, name in label.match:
         attribute = stream.attribute(name)
         if attribute.kind is Kind.CATEGORICAL:
             came = came.where(is_id(F.col(name), attribute.id_type))
-    line = targets.select(*_ROW, "position", *ours, F.col("time").alias("at"), _is_asked(task, dataset).alias("asked"),
-                          F.lit(None).cast("bigint").alias("next"))
+    line = targets.select(
+        *_ROW,
+        "position",
+        *ours,
+        F.col("time").alias("at"),
+        _is_asked(task, dataset).alias("asked"),
+        F.lit(None).cast("bigint").alias("next"),
+    )
     line = line.unionByName(
-        came.select("user_id", *theirs, F.col("event_time").alias("at"), F.col("event_time").alias("next")),
+        came.select(
+            "user_id", *theirs, F.col("event_time").alias("at"), F.col("event_time").alias("next")
+        ),
         allowMissingColumns=True,
     )
     # At one instant targets come first, so that an event at `time` itself is not after it.
-    newest_first = Window.partitionBy("user_id", *keys).orderBy(F.col("at").desc(), F.col("next").isNotNull())
+    newest_first = Window.partitionBy("user_id", *keys).orderBy(
+        F.col("at").desc(), F.col("next").isNotNull()
+    )
     so_far = newest_first.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     line = line.withColumn("next", F.min("next").over(so_far)).where(F.col("position").isNotNull())
     positive = F.coalesce(F.col("next") <= F.col("at") + micros(label.within), F.lit(False))
     answer = F.when(F.col("asked"), positive.cast("int")).otherwise(F.lit(NO_LABEL))
     answers = line.select(*_ROW, "position", answer.alias("label"))
-    return answers.groupBy(*_ROW).agg(_collect(answers, "label").alias("labels")).withColumn("task", F.lit(task.name))
+    return (
+        answers.groupBy(*_ROW)
+        .agg(_collect(answers, "label").alias("labels"))
+        .withColumn("task", F.lit(task.name))
+    )
+
+
+def run(context: JobContext) -> None:
+    """Build the labels that became final on the context's day.
+
+    Raises:
+        MissingPartitionError: a day shown that has examples before it has none itself, or its
+            impressions or events are missing.
+    """
+    dataset, ds = context.dataset, context.ds
+    inputs: dict[str, int] = {}
+    first = min(context.lake.partitions("examples"), default=ds)
+    days = [shown for shown in sorted(maturing(dataset, ds)) if shown == ds or shown >= first]
+    frame = None
+    if days:
+        frame = transform(
+            examples={day: read(context, "examples", [day], inputs) for day in days},
+            impressions={day: read(context, "impressions", [day], inputs) for day in days},
+            events=read(context, "events", day_range(days[0], ds), inputs),
+            dataset=dataset,
+            ds=ds,
+        )
+    if frame is not None:
+        publish(context, "labels", frame, inputs)
+        return
+    nothing = contract(dataset, "labels").schema.empty_table()
+    context.lake.publish_arrow("labels", ds, nothing, inputs={}, code_version=context.code_version)
+
+
+if __name__ == "__main__":
+    from jobs.context import main
+
+    main("build_labels")

@@ -22,7 +22,18 @@ from feature_store.days import day_range, parse_day, shift
 from feature_store.errors import MissingPartitionError
 from feature_store.spec import Dataset
 from feature_store.tables import contract, history_column
-from jobs.frames import conform, empty, history_types, last, newest, pack_events, values
+from jobs.frames import (
+    conform,
+    days_from,
+    empty,
+    history_types,
+    last,
+    newest,
+    pack_events,
+    publish,
+    read,
+    values,
+)
 
 if TYPE_CHECKING:
     from jobs.context import JobContext
@@ -45,16 +56,25 @@ def transform(
     kept, columns = [F.col("user_id")], [F.col("user_id")]
     for stream in dataset.streams:
         types = history_types(dataset, stream)
-        old = {n: F.coalesce(F.col(history_column(stream.name, n)), empty(t)) for n, t in types.items()}
+        old = {
+            n: F.coalesce(F.col(history_column(stream.name, n)), empty(t)) for n, t in types.items()
+        }
         new = F.col(f"new__{stream.name}")
         again = F.size(F.array_intersect(old["event_id"], values(new, "event_id"))) > 0
         first_time = F.when(again, _without(new, old["event_id"])).otherwise(new)
-        kept += [*(c.alias(history_column(stream.name, n)) for n, c in old.items()), first_time.alias(f"new__{stream.name}")]
+        kept += [
+            *(c.alias(history_column(stream.name, n)) for n, c in old.items()),
+            first_time.alias(f"new__{stream.name}"),
+        ]
         for name, kind in types.items():
             column = history_column(stream.name, name)
             added = F.coalesce(values(new, name), empty(kind))
             columns.append(last(F.concat(F.col(column), added), stream.max_events).alias(column))
-    return conform(merged.select(*kept).select(*columns, F.lit(ds).alias("ds")), contract(dataset, "sequences"), ds)
+    return conform(
+        merged.select(*kept).select(*columns, F.lit(ds).alias("ds")),
+        contract(dataset, "sequences"),
+        ds,
+    )
 
 
 def _without(new: Column, ids: Column) -> Column:
@@ -72,11 +92,14 @@ def rebuild(events: DataFrame, dataset: Dataset, ds: str, *, base: bool = False)
     names = [f"new__{s.name}" for s in streams]
     days = events.groupBy("user_id", "ds").agg(*pack_events(dataset))
     users = days.groupBy("user_id").agg(
-        F.sort_array(F.collect_list(F.struct("ds", *names))).alias("days"), F.max("ds").alias("touched")
+        F.sort_array(F.collect_list(F.struct("ds", *names))).alias("days"),
+        F.max("ds").alias("touched"),
     )
     if not base:
         users = users.where(F.col("touched") == ds)
-    packed = users.select("user_id", *(_fold(s.name, s.max_events).alias(f"new__{s.name}") for s in streams))
+    packed = users.select(
+        "user_id", *(_fold(s.name, s.max_events).alias(f"new__{s.name}") for s in streams)
+    )
     columns = [
         values(F.col(f"new__{s.name}"), n).alias(history_column(s.name, n))
         for s in streams
@@ -104,3 +127,57 @@ def _fold(stream: str, max_events: int) -> Column:
 def is_base_day(dataset: Dataset, ds: str) -> bool:
     """Whether `ds` is one of the days on which `sequences` holds every user."""
     return (parse_day(ds) - _EPOCH).days % dataset.base_days == 0
+
+
+def load_state(context: JobContext, day: str, inputs: dict[str, int]) -> DataFrame | None:
+    """The state at the end of `day` from partitions of `sequences`, noted in `inputs`.
+
+    Returns:
+        One row per user; None where there is nothing to build on: no partition up to `day`, or one
+        that was made under another spec.
+
+    Raises:
+        MissingPartitionError: `day` was not written, but an earlier day was.
+    """
+    known = context.lake.partitions("sequences")
+    if not any(d <= day for d in known):
+        return None
+    context.lake.require("sequences", [day])
+    bases = [d for d, partition in known.items() if d <= day and partition.notes.get("base")]
+    days = day_range(max(bases), day) if bases else []
+    if not days or any(d in known and known[d].spec_hash != context.dataset.hash for d in days):
+        return None
+    return newest(read(context, "sequences", days, inputs), context.dataset)
+
+
+def load_events(context: JobContext, day: str, inputs: dict[str, int]) -> DataFrame:
+    """Every partition of `events` up to `day`, noted in `inputs`."""
+    return read(context, "events", days_from(context.lake, "events", "0001-01-01", day), inputs)
+
+
+def run(context: JobContext) -> None:
+    """Build `sequences` of the context's day.
+
+    Raises:
+        MissingPartitionError: the day's events, or the sequences of the day before, are missing.
+    """
+    dataset, ds = context.dataset, context.ds
+    inputs: dict[str, int] = {}
+    try:
+        state = load_state(context, shift(ds, -1), {} if context.full else inputs)
+    except MissingPartitionError:
+        if not context.full:
+            raise
+        state = None
+    base = state is None or is_base_day(dataset, ds)
+    if state is None or context.full:
+        frame = rebuild(load_events(context, ds, inputs), dataset, ds, base=base)
+    else:
+        frame = transform(read(context, "events", [ds], inputs), state, dataset, ds, base=base)
+    publish(context, "sequences", frame, inputs, base=base, rebuilt=state is None or context.full)
+
+
+if __name__ == "__main__":
+    from jobs.context import main
+
+    main("build_sequences")

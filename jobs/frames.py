@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from feature_store.days import HOUR_US
+from feature_store.days import HOUR_US, day_range
 from feature_store.spec import Attribute, Dataset, EventStream, IdType, Kind
 from feature_store.tables import (
     MISSING_ID,
@@ -16,6 +18,10 @@ from feature_store.tables import (
     history_column,
     value_type,
 )
+
+if TYPE_CHECKING:
+    from feature_store.lake import Lake
+    from jobs.context import JobContext
 
 _SPARK_TYPES = {
     pa.int32(): "int",
@@ -37,7 +43,9 @@ def spark_type(kind: pa.DataType) -> str:
 def conform(frame: DataFrame, table: Table, ds: str) -> DataFrame:
     """`frame` with the contract's columns, types and order, and `ds` a literal in every row."""
     columns = [
-        F.lit(ds).alias("ds") if f.name == "ds" else F.col(f.name).cast(spark_type(f.type)).alias(f.name)
+        F.lit(ds).alias("ds")
+        if f.name == "ds"
+        else F.col(f.name).cast(spark_type(f.type)).alias(f.name)
         for f in table.schema
     ]
     return frame.select(*columns)
@@ -77,14 +85,18 @@ def last(array: Column, count: Column | int) -> Column:
     return F.slice(array, length - count + 1, count)
 
 
-def event_struct(stream: EventStream, *, first: tuple[Column | str, ...], source: str = "") -> Column:
+def event_struct(
+    stream: EventStream, *, first: tuple[Column | str, ...], source: str = ""
+) -> Column:
     """One event of `stream` as a struct that sorts by the columns `first`; missing values filled in.
 
     Args:
         first: the columns that it sorts by, before `event_time` and the attributes.
         source: prefix of the columns that are not in `first`, such as `event.`.
     """
-    values = [F.coalesce(F.col(source + a.name), missing(a)).alias(a.name) for a in stream.attributes]
+    values = [
+        F.coalesce(F.col(source + a.name), missing(a)).alias(a.name) for a in stream.attributes
+    ]
     return F.struct(*first, F.col(f"{source}event_time").alias("event_time"), *values)
 
 
@@ -93,7 +105,9 @@ def pack_events(dataset: Dataset) -> list[Column]:
     order = ("available_time", "event_id")
     return [
         F.sort_array(
-            F.collect_list(F.when(F.col("stream") == stream.name, event_struct(stream, first=order)))
+            F.collect_list(
+                F.when(F.col("stream") == stream.name, event_struct(stream, first=order))
+            )
         ).alias(f"new__{stream.name}")
         for stream in dataset.streams
     ]
@@ -113,6 +127,35 @@ def values(array: Column, name: str) -> Column:
 
 def newest(sequences: DataFrame, dataset: Dataset) -> DataFrame:
     """Each user's newest row among partitions of `sequences`: the state. Columns of the contract less `ds`."""
-    row = F.struct(*[n for n in contract(dataset, "sequences").schema.names if n not in ("user_id", "ds")])
+    row = F.struct(
+        *[n for n in contract(dataset, "sequences").schema.names if n not in ("user_id", "ds")]
+    )
     state = sequences.groupBy("user_id").agg(F.max_by(row, F.col("ds")).alias("row"))
     return state.select("user_id", "row.*")
+
+
+def days_from(lake: Lake, table: str, first: str, last: str) -> list[str]:
+    """`first` to `last`, without days before the first that `table` has; `last` in any case."""
+    begin = min(lake.partitions(table), default=last)
+    return day_range(min(max(first, begin), last), last)
+
+
+def read(context: JobContext, table: str, days: list[str], inputs: dict[str, int]) -> DataFrame:
+    """Partitions of `table` as a frame at the versions that the ledger names, noted in `inputs`.
+
+    Raises:
+        MissingPartitionError: one of `days` was not written.
+    """
+    pins = context.lake.require(table, days)
+    inputs.update(pins)
+    return context.lake.frame(context.spark, table, days, max(pins.values()))
+
+
+def publish(
+    context: JobContext, table: str, frame: DataFrame, inputs: dict[str, int], **notes: object
+) -> None:
+    """Replace the context's day of `table` by `frame`."""
+    context.lake.publish_frame(
+        context.spark, table, context.ds, frame,
+        inputs=inputs, notes=notes, code_version=context.code_version, engine=context.engine,
+    )  # fmt: skip

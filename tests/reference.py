@@ -76,7 +76,11 @@ def unseen(day: list[Row], user: object, stream: str, held: list[Row]) -> list[R
 
 def history(events: list[Row], dataset: Dataset, stream: str, *, event_id: bool) -> Row:
     """Arrays of one stream, by column name."""
-    names = ("event_id", "event_time", "available_time") if event_id else ("event_time", "available_time")
+    names = (
+        ("event_id", "event_time", "available_time")
+        if event_id
+        else ("event_time", "available_time")
+    )
     arrays: Row = {f"history__{stream}__{n}": [e[n] for e in events] for n in names}
     for a in dataset.stream(stream).attributes:
         arrays[f"history__{stream}__{a.name}"] = [filled(e, a) for e in events]
@@ -117,8 +121,12 @@ def aggregates(events: dict[str, list[Row]], dataset: Dataset, ds: str) -> list[
         row: Row = {"user_id": user, "ds": ds}
         for ua in dataset.user_attributes:
             attribute = dataset.stream(ua.stream).attribute(ua.attribute)
-            known = [e for e in window(user, ua.stream, dataset.window_days) if is_id(e[ua.attribute])]
-            row[f"user__{ua.name}"] = filled(known[-1], attribute) if known else missing_value(attribute)
+            known = [
+                e for e in window(user, ua.stream, dataset.window_days) if is_id(e[ua.attribute])
+            ]
+            row[f"user__{ua.name}"] = (
+                filled(known[-1], attribute) if known else missing_value(attribute)
+            )
         for sf in dataset.sparse_features:
             last, count = {}, {}
             for e in window(user, sf.stream, sf.window_days):
@@ -162,7 +170,9 @@ def item_features(events: dict[str, list[Row]], dataset: Dataset, item: object, 
             total = sum(e["available_time"] // HOUR_US >= hour - w for e in items)
             count = sum(e["available_time"] // HOUR_US >= hour - w for e in ours)
             features[f"targets__item__{stream}_{w}h"] = f32(math.log1p(count))
-            features[f"targets__item__{stream}_share_{w}h"] = f32(math.log1p(1e4 * count / max(total, 1)))
+            features[f"targets__item__{stream}_share_{w}h"] = f32(
+                math.log1p(1e4 * count / max(total, 1))
+            )
     age = math.log1p((as_of - min(seen)) / HOUR_US) if seen else -1.0
     features["targets__item__age_h"] = f32(age)
     return features
@@ -177,10 +187,14 @@ def item_aggregates(events: dict[str, list[Row]], dataset: Dataset, ds: str) -> 
             for stream, attribute in dataset.item_features.streams:
                 if e["stream"] != stream or not is_id(e[attribute]):
                     continue
-                seen[e[attribute]] = min(seen.get(e[attribute], e["available_time"]), e["available_time"])
+                seen[e[attribute]] = min(
+                    seen.get(e[attribute], e["available_time"]), e["available_time"]
+                )
                 if day == ds:
                     key = (e[attribute], e["available_time"] // HOUR_US)
-                    row = rows.setdefault(key, {f"events__{s}": 0 for s, _ in dataset.item_features.streams})
+                    row = rows.setdefault(
+                        key, {f"events__{s}": 0 for s, _ in dataset.item_features.streams}
+                    )
                     row[f"events__{stream}"] += 1
     return [
         {"item_id": item, "hour": hour, **counts, "first_seen": seen[item], "ds": ds}
@@ -189,7 +203,12 @@ def item_aggregates(events: dict[str, list[Row]], dataset: Dataset, ds: str) -> 
 
 
 def examples(
-    events: dict[str, list[Row]], impressions: dict[str, list[Row]], dataset: Dataset, ds: str, *, first: bool
+    events: dict[str, list[Row]],
+    impressions: dict[str, list[Row]],
+    dataset: Dataset,
+    ds: str,
+    *,
+    first: bool,
 ) -> list[Row]:
     """The partition `ds` of `examples`. `first`: there are no aggregates of the day before."""
     state = states(events, dataset, shift(ds, -1))
@@ -198,7 +217,9 @@ def examples(
     rows = []
     for user in {t["user_id"] for t in impressions[ds]}:
         held = state.get(user, {s.name: [] for s in dataset.streams})
-        day = [((t["as_of"], -1, t["target_id"]), t) for t in impressions[ds] if t["user_id"] == user]
+        day = [
+            ((t["as_of"], -1, t["target_id"]), t) for t in impressions[ds] if t["user_id"] == user
+        ]
         for s in dataset.streams:
             day += [
                 ((e["available_time"], order[s.name], e["event_id"]), e)
@@ -216,7 +237,12 @@ def examples(
                     ends = {f"targets__history_end__{s}": len(rows_) for s, rows_ in sofar.items()}
                     targets.append(_target(row, events, dataset) | ends)
             if targets:
-                row = {"user_id": user, "part": part, "ds": ds, **_user_features(served.get(user), dataset)}
+                row = {
+                    "user_id": user,
+                    "part": part,
+                    "ds": ds,
+                    **_user_features(served.get(user), dataset),
+                }
                 for stream, rows_ in sofar.items():
                     row |= history(rows_, dataset, stream, event_id=False)
                 rows.append(row | {k: [t[k] for t in targets] for k in targets[0]})
@@ -237,7 +263,9 @@ def _target(row: Row, events: dict[str, list[Row]], dataset: Dataset) -> Row:
 
 def _user_features(served: Row | None, dataset: Dataset) -> Row:
     if served is not None:
-        return {"has_aggregates": 1} | {k: v for k, v in served.items() if k not in ("user_id", "ds")}
+        return {"has_aggregates": 1} | {
+            k: v for k, v in served.items() if k not in ("user_id", "ds")
+        }
     row: Row = {"has_aggregates": 0}
     for ua in dataset.user_attributes:
         row[f"user__{ua.name}"] = missing_value(dataset.stream(ua.stream).attribute(ua.attribute))

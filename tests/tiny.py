@@ -70,10 +70,18 @@ TINY = Dataset(
     ),
     tasks=(
         Task(name="clicked", label=GivenLabel(column="clicked"), targets=("ad",)),
-        Task(name="bought", label=GivenLabel(column="bought"), targets=("ad",), matures_after=1, domain=1),
+        Task(
+            name="bought",
+            label=GivenLabel(column="bought"),
+            targets=("ad",),
+            matures_after=1,
+            domain=1,
+        ),
         Task(
             name="click_6h",
-            label=EventLabel(stream="click", within=timedelta(hours=6), match=(("item_id", "article"),)),
+            label=EventLabel(
+                stream="click", within=timedelta(hours=6), match=(("item_id", "article"),)
+            ),
             targets=("ad",),
             matures_after=1,
         ),
@@ -89,18 +97,30 @@ TINY = Dataset(
         UserAttribute(name="query", stream="click", attribute="query"),
     ),
     sparse_features=(
-        SparseFeature(name="clicked", stream="click", attribute="article", window_days=2, max_ids=3),
+        SparseFeature(
+            name="clicked", stream="click", attribute="article", window_days=2, max_ids=3
+        ),
         SparseFeature(name="queries", stream="click", attribute="query", window_days=1, max_ids=2),
-        SparseFeature(name="viewed", stream="view", attribute="article", window_days=3, max_ids=2, scored=True),
-        SparseFeature(name="asked", stream="click", attribute="query", window_days=3, max_ids=3, scored=True),
+        SparseFeature(
+            name="viewed", stream="view", attribute="article", window_days=3, max_ids=2, scored=True
+        ),
+        SparseFeature(
+            name="asked", stream="click", attribute="query", window_days=3, max_ids=3, scored=True
+        ),
     ),
     dense_features=(
         DenseFeature(name="views_1d", stream="view", aggregate=Aggregate.COUNT, window_days=1),
-        DenseFeature(name="spent", stream="click", aggregate=Aggregate.SUM, window_days=3, attribute="price"),
-        DenseFeature(name="ctr", stream="click", aggregate=Aggregate.RATE, window_days=2, per="view"),
+        DenseFeature(
+            name="spent", stream="click", aggregate=Aggregate.SUM, window_days=3, attribute="price"
+        ),
+        DenseFeature(
+            name="ctr", stream="click", aggregate=Aggregate.RATE, window_days=2, per="view"
+        ),
         DenseFeature(name="last_click", stream="click", aggregate=Aggregate.RECENCY, window_days=2),
     ),
-    item_features=ItemFeatures(streams=(("click", "article"), ("view", "article")), windows_hours=(2, 30)),
+    item_features=ItemFeatures(
+        streams=(("click", "article"), ("view", "article")), windows_hours=(2, 30)
+    ),
     domain="place",
 )
 
@@ -115,20 +135,41 @@ class World:
     impressions: dict[str, list[Row]] = field(default_factory=lambda: {d: [] for d in DAYS})
 
 
-def event(number: int, stream: str, user: int, at: int, *, ingest: int | None = None, **values: object) -> Row:
+def event(
+    number: int, stream: str, user: int, at: int, *, ingest: int | None = None, **values: object
+) -> Row:
     """An event row of the contract; attributes that are not given are null."""
     ingest = at if ingest is None else ingest
     available = max(at, ingest) + micros(TINY.stream(stream).delay)
     empty = {a.name: None for a in TINY.event_attributes}
-    row = {"event_id": number, "stream": stream, "user_id": user, "event_time": at, "ingest_time": ingest}
-    return {**row, "available_time": available, **empty, **values, "ds": day_of(available, TINY.utc_offset)}
+    row = {
+        "event_id": number,
+        "stream": stream,
+        "user_id": user,
+        "event_time": at,
+        "ingest_time": ingest,
+    }
+    return {
+        **row,
+        "available_time": available,
+        **empty,
+        **values,
+        "ds": day_of(available, TINY.utc_offset),
+    }
 
 
-def target(number: int, kind: str, user: int, as_of: int, *, time: int | None = None, **values: object) -> Row:
+def target(
+    number: int, kind: str, user: int, as_of: int, *, time: int | None = None, **values: object
+) -> Row:
     """An impression row of the contract; columns that are not given are null."""
     empty = {"item_id": None, **{c.name: None for c in TINY.context_features}}
     empty |= {label_column(n): None for n in TINY.given_labels}
-    row = {"target_id": number, "target": kind, "user_id": user, "time": as_of if time is None else time}
+    row = {
+        "target_id": number,
+        "target": kind,
+        "user_id": user,
+        "time": as_of if time is None else time,
+    }
     return {**row, "as_of": as_of, **empty, **values, "ds": day_of(as_of, TINY.utc_offset)}
 
 
@@ -159,14 +200,26 @@ def make_world(*, seed: int, users: int, events: int, targets: int) -> World:
             values["device"] = rng.choice((None, -1, 1, 2))
         add(event(number, stream, user, at, ingest=at + late, **values))
         if rng.random() < 0.15:  # delivered again
-            add(event(number, stream, user, at, ingest=at + late + rng.choice((1, 20, 50)) * HOUR_US, **values))
+            add(
+                event(
+                    number,
+                    stream,
+                    user,
+                    at,
+                    ingest=at + late + rng.choice((1, 20, 50)) * HOUR_US,
+                    **values,
+                )
+            )
     for number in range(targets):
         as_of = first + rng.randrange(steps) * _GRID_US
         time = as_of + rng.choice((0, 0, 1, 3)) * HOUR_US
         kind = rng.choice(("ad", "ad", "visit"))
         values = {"place": rng.choice((None, 1, 2))}
         if kind == "ad":
-            values |= {"item_id": rng.choice((None, *range(1, 7))), "bid": rng.choice((None, 0.5, 1.5))}
+            values |= {
+                "item_id": rng.choice((None, *range(1, 7))),
+                "bid": rng.choice((None, 0.5, 1.5)),
+            }
             values |= {label_column(n): rng.choice((None, 0, 1)) for n in TINY.given_labels}
         row = target(1000 + number, kind, pick_user(), as_of, time=time, **values)
         world.impressions[str(row["ds"])].append(row)
