@@ -45,7 +45,7 @@ def columns_of(
         names = [n for n in names if not n.startswith(("history__", "targets__history_end__"))]
     if not user_features:
         names = [n for n in names if not n.startswith(("user__", "sparse__", "dense__"))]
-    return [n for n in names if not n.endswith("__event_id") and n != "targets__target_id"]
+    return [n for n in names if not n.endswith("__event_id")]
 
 
 def jagged(column: pa.Array) -> Jagged:
@@ -305,9 +305,10 @@ def _targets(
         targets["time"], offsets = jagged(column("targets__time"))
         targets["as_of"] = jagged(column("targets__as_of"))[0]
         targets["item_id"] = jagged(column("targets__item_id"))[0]
+        targets["target_id"] = jagged(column("targets__target_id"))[0]
         targets["kind"] = jagged(column("targets__target"))[0].astype(np.int64)
     else:
-        for name in ("time", "as_of", "item_id", "kind"):
+        for name in ("time", "as_of", "item_id", "target_id", "kind"):
             targets[name] = np.empty(0, np.int64)
     total = int(offsets[-1])
     ends = [history_end_column(s.name) for s in dataset.streams]

@@ -1,0 +1,249 @@
+"""Snapshots of upstream models on disk, and which of them is the champion of a day.
+
+    <home>/models/<dataset>/<model>/<ds>/
+        <snapshot id>/            atomic: written beside and renamed
+            state.pt              weights, and both optimizers' state, by parameter and table name
+            snapshot.json         config, spec hash, inputs, parent, labels seen, hash of the weights
+        progress.pt               of an interrupted training; gone when it is done
+        champion.json             the snapshot that publishes ds and starts ds + 1
+        evaluation.parquet, result.json    see jobs/train_upstream.py
+
+A snapshot's id ends in a hash of its weights: the same training gives the same id, on whatever
+Delta versions its inputs happen to lie. Snapshots are never overwritten and never removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from feature_store.days import parse_day
+from feature_store.errors import DataError, HeadwaterError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATE, SNAPSHOT, PROGRESS, CHAMPION = "state.pt", "snapshot.json", "progress.pt", "champion.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One trained state of a model.
+
+    Args:
+        id: `<model>-<ds>-<first digits of state_hash>`.
+        model, ds: what was trained, on the labels of which day.
+        parent: id of the snapshot that it started from; None: from the seed.
+        run_hash: of everything that decided the training: config, parent, spec, inputs.
+        state_hash: of the weights.
+        config: as trained with, plain values.
+        spec_hash: of the dataset's spec.
+        inputs: {"<table>/<ds>": Delta version}.
+        label_counts: task -> [positives, labels] of everything trained on so far, ancestors included.
+        steps: batches trained on this day.
+    """
+
+    id: str
+    model: str
+    ds: str
+    parent: str | None
+    run_hash: str
+    state_hash: str
+    config: dict[str, Any]
+    spec_hash: str
+    inputs: dict[str, int]
+    label_counts: dict[str, list[int]]
+    steps: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def base_rates(self) -> dict[str, float]:
+        """Task -> share of positives among the labels trained on; tasks with both answers only."""
+        return {t: p / n for t, (p, n) in self.label_counts.items() if 0 < p < n}
+
+
+class Checkpoints:
+    """The snapshots of one model.
+
+    Args:
+        root: `<home>/models/<dataset>/<model>`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def day(self, ds: str) -> Path:
+        """The folder of one day."""
+        return self.root / ds
+
+    def path(self, snapshot: str) -> Path:
+        """The folder of the snapshot with this id.
+
+        Raises:
+            DataError: there is none.
+        """
+        for found in self.root.glob(f"*/{snapshot}/{SNAPSHOT}"):
+            return found.parent
+        raise DataError(f"snapshot is {snapshot!r}: {self.root} has none of that id; train its day again")
+
+    def get(self, snapshot: str) -> Snapshot:
+        """What is known about the snapshot with this id."""
+        return Snapshot(**json.loads((self.path(snapshot) / SNAPSHOT).read_text()))
+
+    def snapshots(self, ds: str) -> list[Snapshot]:
+        """Every snapshot that was ever trained on `ds`, by id."""
+        found = sorted(self.day(ds).glob(f"*/{SNAPSHOT}"))
+        return [Snapshot(**json.loads(f.read_text())) for f in found]
+
+    def trained(self, ds: str, run_hash: str) -> Snapshot | None:
+        """The snapshot that this very training gave before, if it was completed."""
+        return next((s for s in self.snapshots(ds) if s.run_hash == run_hash), None)
+
+    def save(self, snapshot: Snapshot, state: Mapping[str, Any]) -> Path:
+        """Write a snapshot; one that is there already keeps its weights and gets the new record."""
+        import torch
+
+        day = self.day(snapshot.ds)
+        day.mkdir(parents=True, exist_ok=True)
+        final = day / snapshot.id
+        record = json.dumps(asdict(snapshot), indent=1, sort_keys=True)
+        if (final / SNAPSHOT).exists():
+            write_atomically(final / SNAPSHOT, record.encode())
+            return final
+        staging = day / f".{snapshot.id}-{uuid.uuid4().hex[:8]}"
+        staging.mkdir()
+        try:
+            torch.save(dict(state), staging / STATE)
+            (staging / SNAPSHOT).write_text(record)
+            for name in (STATE, SNAPSHOT):
+                _sync(staging / name)
+            try:
+                os.rename(staging, final)
+            except OSError:  # the same training, run twice at once, was faster
+                if not (final / SNAPSHOT).exists():
+                    raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return final
+
+    def load(self, snapshot: str) -> dict[str, Any]:
+        """The state of a snapshot, on the CPU."""
+        import torch
+
+        return torch.load(self.path(snapshot) / STATE, map_location="cpu", weights_only=True)
+
+    # ---- training that was interrupted
+
+    def save_progress(self, ds: str, state: Mapping[str, Any]) -> None:
+        """Keep the state of a training that goes on; replaces the one before in one step."""
+        import torch
+
+        day = self.day(ds)
+        day.mkdir(parents=True, exist_ok=True)
+        staging = day / f".{PROGRESS}-{uuid.uuid4().hex[:8]}"
+        try:
+            torch.save(dict(state), staging)
+            _sync(staging)
+            os.replace(staging, day / PROGRESS)
+        finally:
+            staging.unlink(missing_ok=True)
+
+    def load_progress(self, ds: str, run_hash: str) -> dict[str, Any] | None:
+        """The state that this very training was interrupted in, if it was."""
+        import torch
+
+        path = self.day(ds) / PROGRESS
+        if not path.exists():
+            return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state if state["run_hash"] == run_hash else None
+
+    def clear_progress(self, ds: str) -> None:
+        """Training is done."""
+        (self.day(ds) / PROGRESS).unlink(missing_ok=True)
+
+    # ---- champions
+
+    def set_champion(self, ds: str, snapshot: str, **why: Any) -> None:
+        """Say which snapshot publishes `ds` and starts `ds + 1`."""
+        record = {"snapshot": snapshot, "ds": ds, **why}
+        self.day(ds).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.day(ds) / CHAMPION, json.dumps(record, indent=1).encode())
+
+    def champion(self, ds: str) -> Snapshot | None:
+        """The champion of exactly `ds`."""
+        path = self.day(ds) / CHAMPION
+        return self.get(json.loads(path.read_text())["snapshot"]) if path.exists() else None
+
+    def champion_days(self) -> list[str]:
+        """Days that have a champion, ascending."""
+        return sorted(p.parent.name for p in self.root.glob(f"*/{CHAMPION}"))
+
+    def newest_champion(self, ds: str) -> Snapshot | None:
+        """The champion of the newest day up to `ds`."""
+        days = [d for d in self.champion_days() if d <= ds]
+        return self.champion(days[-1]) if days else None
+
+    def require_champion(self, ds: str) -> Snapshot:
+        """The champion of `ds`.
+
+        Raises:
+            HeadwaterError: that day was not trained.
+        """
+        parse_day(ds)
+        found = self.champion(ds)
+        if found is None:
+            days = self.champion_days()
+            have = f"{days[0]} to {days[-1]} have one" if days else "no day has one"
+            raise HeadwaterError(
+                f"champion of {self.root.name} on {ds} is missing ({have}): run train_upstream for that day"
+            )
+        return found
+
+
+def run_hash(
+    *,
+    model: str,
+    ds: str,
+    config: Mapping[str, Any],
+    spec: str,
+    parent: str | None,
+    inputs: Mapping[str, int],
+) -> str:
+    """16 hex digits that change with anything that decides a training."""
+    parts = [model, ds, config, spec, parent, dict(inputs)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits of names, shapes, types and bytes of `state`."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file in one step."""
+    staging = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        staging.write_bytes(data)
+        _sync(staging)
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

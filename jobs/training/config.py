@@ -1,0 +1,93 @@
+"""How an upstream model is trained and judged; plain values that a snapshot records and rebuilds."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from feature_store.errors import DataError
+from jobs.training.loader import Limits
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One day's training.
+
+    Args:
+        epochs: passes over the day. One: single-id embeddings overfit when they see a label twice.
+        learning_rate: of Adam, on everything but the embedding tables (theirs is the model's).
+        max_grad_norm: gradients of the same are clipped to it.
+        task_weights: (task, weight in the loss); 1 where a task is not named.
+        threads: of torch on a CPU. Part of the configuration, as sums depend on it in the last bit.
+        checkpoint_every_s: seconds between checkpoints to resume from.
+        limits: of the batches trained on.
+        inference: of the batches that are only scored.
+    """
+
+    epochs: int = 1
+    learning_rate: float = 1e-3
+    max_grad_norm: float = 1.0
+    task_weights: tuple[tuple[str, float], ...] = ()
+    threads: int = 2
+    checkpoint_every_s: float = 300.0
+    limits: Limits = field(default_factory=lambda: Limits(max_targets=512))
+    inference: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """What a candidate has to show on the held-out users before it becomes champion.
+
+    Args:
+        ne_tolerance: its NE, averaged over tasks, may be above the champion's by this much.
+        min_labels: tasks with fewer held-out labels take no part in that average.
+        min_cosine: least mean cosine between a user's embeddings by candidate and by champion.
+        max_l2: largest mean L2 distance between them, relative to the champion's mean norm.
+    """
+
+    ne_tolerance: float = 0.01
+    min_labels: int = 200
+    min_cosine: float = 0.0
+    max_l2: float = 3.0
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON-ready values."""
+    return asdict(config)
+
+
+def from_plain(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass `kind` from what `to_plain` gave.
+
+    Raises:
+        DataError: `values` has a field that `kind` does not: it was written by other code.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise DataError(
+                f"{kind.__name__}.{name} is not known to this code: check out the version that wrote it"
+            )
+    return kind(**{name: _value(hints[name], value) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, Mapping):
+        return from_plain(hint, value)
+    if origin in (typing.Union, types.UnionType) and value is not None:
+        return _value(next(a for a in arguments if a is not type(None)), value)
+    if origin is tuple:
+        inner = arguments[0] if len(arguments) == 2 and arguments[1] is Ellipsis else None
+        return tuple(_value(inner or a, v) for a, v in zip(_repeat(arguments, value), value))
+    return value
+
+
+def _repeat(arguments: tuple[Any, ...], values: typing.Sequence[Any]) -> list[Any]:
+    return [arguments[0]] * len(values) if arguments[-1] is Ellipsis else list(arguments)

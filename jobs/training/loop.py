@@ -1,0 +1,306 @@
+"""Training and scoring of an upstream model over batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from feature_store.spec import Dataset
+from feature_store.tables import NO_LABEL
+from jobs.training.loader import Limits, cuts
+from jobs.training.presets import Preset
+from jobs.training.rows import Rows
+from models.batch import Batch
+from models.loss import multi_task_loss
+
+
+def choose_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Learner:
+    """A model with its optimizers: the fused ones of its tables, Adam for the rest.
+
+    Args:
+        dataset: the spec.
+        preset: which model, and how it is trained. Its first weights come from torch's generator.
+        device: where the model lives.
+    """
+
+    def __init__(self, dataset: Dataset, preset: Preset, device: torch.device) -> None:
+        self.preset = preset
+        self.config = preset.training
+        self.device = device
+        self.model = model = preset.build(dataset, device)
+        weights = dict(self.config.task_weights)
+        self.task_weights = torch.tensor([weights.get(t.name, 1.0) for t in dataset.tasks]).to(device)
+        fused = {id(p) for p in model.tables.parameters()}
+        self.dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
+        self.adam = torch.optim.Adam(list(self.dense.values()), lr=self.config.learning_rate)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return nullcontext()  # CPUs without AMX run bf16 an order of magnitude slower
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of both optimizers; the losses, detached, by name."""
+        self.model.train()
+        batch = batch.to(self.device, non_blocking=True)
+        self.adam.zero_grad(set_to_none=True)
+        with self._precision():
+            found = self.model(batch)
+        loss = multi_task_loss(found.logits, batch.labels, self.task_weights)
+        total = loss.total
+        if found.user_logits is not None:
+            total = total + multi_task_loss(found.user_logits, batch.labels, self.task_weights).total
+        total.backward()
+        nn.utils.clip_grad_norm_(list(self.dense.values()), self.config.max_grad_norm)
+        self.adam.step()
+        return {"per_task": loss.per_task, "counts": loss.counts}
+
+    @torch.no_grad()
+    def probabilities(self, batch: Batch) -> Tensor:
+        """(T, n_tasks) float32 on the CPU."""
+        self.model.eval()
+        with self._precision():
+            found = self.model(batch.to(self.device))
+        return torch.sigmoid(found.logits.float()).cpu()
+
+    @torch.no_grad()
+    def user_embeddings(self, batch: Batch, at: int | None = None) -> Tensor:
+        """(R, K, D) float32 on the CPU; `at` as in `Preset.embed`."""
+        self.model.eval()
+        with self._precision():
+            return self.preset.embed(self.model, batch.to(self.device), at).float().cpu()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name; views, not copies."""
+        return dict(self.model.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """Weights and both optimizers' state, by name."""
+        slots = {n: self.adam.state[p] for n, p in self.dense.items() if p in self.adam.state}
+        return {
+            "weights": self.weights(),
+            "adam": slots,
+            "tables": dict(self.model.tables.optimizer_state()),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> list[str]:
+        """Take over what `state` has under our names and in our shapes.
+
+        Returns:
+            Names of weights that it lacks, which keep their first values (a spec has grown).
+        """
+        ours = self.weights()
+        fresh = []
+        with torch.no_grad():
+            for name, tensor in ours.items():
+                theirs = state["weights"].get(name)
+                if theirs is None or theirs.shape != tensor.shape:
+                    fresh.append(name)
+                else:
+                    tensor.copy_(theirs)
+        for name, parameter in self.dense.items():
+            slots = state["adam"].get(name)
+            if slots is None or name in fresh:
+                self.adam.state.pop(parameter, None)
+                continue
+            self.adam.state[parameter] = {
+                k: v.clone().to(v.device if k == "step" else parameter.device)
+                for k, v in slots.items()
+            }
+        self.model.tables.load_optimizer_state(state["tables"])
+        return fresh
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What a training has done so far; kept in `progress.pt`."""
+
+    epoch: int = 0
+    batches: int = 0  # of this epoch
+    steps: int = 0
+    targets: int = 0
+    rows: int = 0
+    events: int = 0
+    seconds: float = 0.0
+    loss_sum: list[float] = field(default_factory=list)  # per task: sum of logloss over labels
+    labels: list[int] = field(default_factory=list)
+    positives: list[int] = field(default_factory=list)
+    resumed: int = 0  # times
+
+
+def train(
+    learner: Learner,
+    batches: Callable[[int, int], Iterable[Batch]],
+    *,
+    seed: int,
+    restored: Mapping[str, Any] | None = None,
+    checkpoint: Callable[[dict[str, Any]], None] | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Train on every epoch's batches, from the start or from where a run was interrupted.
+
+    Args:
+        learner: with the parent's state loaded.
+        batches: (epoch, batches to skip) -> the rest of the epoch, in a fixed order.
+        seed: of torch; a resumed run continues with the generators' recorded state instead.
+        restored: what `checkpoint` was given last.
+        checkpoint: called every `checkpoint_every_s` with all that a resumed run needs.
+        report: called with it.
+    """
+    config = learner.config
+    done = Progress()
+    torch.manual_seed(seed)
+    if restored is not None:
+        learner.load(restored["state"])
+        done = Progress(**restored["progress"])
+        done.resumed += 1
+        torch.set_rng_state(restored["rng"])
+        if learner.device.type == "cuda":
+            torch.cuda.set_rng_state(restored["cuda_rng"])
+    started = last = time.monotonic()
+    before = done.seconds
+    while done.epoch < config.epochs:
+        for batch in batches(done.epoch, done.batches):
+            found = learner.step(batch)
+            _count(done, batch, found)
+            now = time.monotonic()
+            if checkpoint is not None and now - last >= config.checkpoint_every_s:
+                done.seconds = before + now - started
+                checkpoint(_restorable(learner, done))
+                last = now
+                if report is not None:
+                    report(done)
+        done.epoch, done.batches = done.epoch + 1, 0
+    done.seconds = before + time.monotonic() - started
+    return done
+
+
+def _count(done: Progress, batch: Batch, found: Mapping[str, Tensor]) -> None:
+    counts = found["counts"].tolist()
+    sums = (found["per_task"].nan_to_num(0.0) * found["counts"]).tolist()
+    if not done.labels:
+        done.labels, done.loss_sum = [0] * len(counts), [0.0] * len(counts)
+        done.positives = [0] * len(counts)
+    positives = (batch.labels == 1).sum(0).tolist()
+    done.positives = [a + b for a, b in zip(done.positives, positives, strict=True)]
+    done.labels = [a + b for a, b in zip(done.labels, counts, strict=True)]
+    done.loss_sum = [a + b for a, b in zip(done.loss_sum, sums, strict=True)]
+    done.batches += 1
+    done.steps += 1
+    done.targets += batch.targets
+    done.rows += batch.rows
+    done.events += batch.events
+
+
+def _restorable(learner: Learner, done: Progress) -> dict[str, Any]:
+    state = {
+        "state": learner.state(),
+        "progress": {**done.__dict__},
+        "rng": torch.get_rng_state(),
+    }
+    if learner.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Predictions where there is a label, one entry per (target, task): arrays of length n."""
+
+    user_id: np.ndarray  # int64 (strings hashed)
+    target_id: np.ndarray  # int64
+    task: np.ndarray  # int64, index into dataset.tasks
+    label: np.ndarray  # int64, 0 or 1
+    prediction: np.ndarray  # float64
+    domain: np.ndarray  # int64; -1 where the dataset has none
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def where(self, mask: np.ndarray) -> Scored:
+        """Those entries."""
+        return Scored(**{k: v[mask] for k, v in self.__dict__.items()})
+
+
+def concat(parts: Iterable[Scored]) -> Scored:
+    """All of them in one."""
+    parts = list(parts)
+    empty = {
+        k: np.empty(0, np.float64 if k == "prediction" else np.int64) for k in _SCORED_FIELDS
+    }
+    if not parts:
+        return Scored(**empty)
+    return Scored(**{k: np.concatenate([getattr(p, k) for p in parts]) for k in _SCORED_FIELDS})
+
+
+_SCORED_FIELDS = ("user_id", "target_id", "task", "label", "prediction", "domain")
+
+
+def score(
+    dataset: Dataset, learner: Learner, decoded: Iterable[Rows], limits: Limits
+) -> Scored:
+    """Predictions for every label of the rows.
+
+    Raises:
+        FloatingPointError: a prediction is not a number.
+    """
+    return concat(
+        labelled_predictions(dataset, rows, lo, hi, batch, learner.probabilities(batch).numpy())
+        for rows in decoded
+        for lo, hi in cuts(rows, limits)
+        for batch in [rows.batch(lo, hi)]
+    )
+
+
+def labelled_predictions(
+    dataset: Dataset, rows: Rows, lo: int, hi: int, batch: Batch, probabilities: np.ndarray
+) -> Scored:
+    """`probabilities` (T, n_tasks) of rows `lo` to `hi`, where there is a label."""
+    labels = batch.labels.numpy()
+    target, task = np.nonzero(labels != NO_LABEL)
+    chosen = probabilities[target, task].astype(np.float64)
+    if not np.isfinite(chosen).all():
+        raise FloatingPointError("a prediction is not a number: the model has diverged")
+    t0, t1 = rows.target_offsets[lo], rows.target_offsets[hi]
+    domain = np.full(batch.targets, -1, np.int64)
+    if dataset.domain is not None and dataset.domain in batch.context_ids:
+        domain = batch.context_ids[dataset.domain].numpy()
+    return Scored(
+        user_id=batch.user_id.numpy()[batch.row_of_target.numpy()[target]],
+        target_id=rows.targets["target_id"][t0:t1][target],
+        task=task,
+        label=labels[target, task].astype(np.int64),
+        prediction=chosen,
+        domain=domain[target],
+    )
+
+
+def embeddings_of(
+    learner: Learner, decoded: Iterable[Rows], limits: Limits
+) -> tuple[np.ndarray, np.ndarray]:
+    """User embeddings of each row: user_id (R,) int64 and embeddings (R, K, D) float32."""
+    users, embeddings = [], []
+    for batch in _batches(decoded, limits):
+        users.append(batch.user_id.numpy())
+        embeddings.append(learner.user_embeddings(batch).numpy())
+    if not users:
+        return np.empty(0, np.int64), np.empty((0, 0, 0), np.float32)
+    return np.concatenate(users), np.concatenate(embeddings)
+
+
+def _batches(decoded: Iterable[Rows], limits: Limits) -> Iterator[Batch]:
+    for rows in decoded:
+        for lo, hi in cuts(rows, limits):
+            yield rows.batch(lo, hi)
