@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
@@ -15,6 +16,9 @@ from pathlib import Path
 from jobs.settings import REPOSITORY, Settings
 
 MIN_JAVA = 17  # Apache Spark 4
+# The fast compiler only: on 2 cores a small query took 1.1 s instead of 2.4 and a start 6 s of CPU
+# instead of 9; at 2 M rows the first query is quicker still, later ones up to 1.4 times slower.
+_COMPILER = "-XX:TieredStopAtLevel=1"
 _SCALA = "2.13"
 _NEEDED = ("io.delta_", "io.unitycatalog_")  # of what Ivy brings; Spark has the rest itself
 _SERVER = "org.apache.spark.sql.connect.service.SparkConnectServer"
@@ -138,8 +142,6 @@ def _spark_submit() -> str:
 
 def java_env(scratch: Path) -> dict[str, str]:
     """The environment of a JVM (or Sail) that writes nowhere but under `scratch`."""
-    import sys
-
     scratch.mkdir(parents=True, exist_ok=True)
     env = {
         k: v
@@ -175,7 +177,15 @@ def server_command(
     (conf_dir / "log4j2.properties").write_text(_QUIET_LOG)
     for name in ("tmp", "local", "warehouse"):
         (scratch / name).mkdir(exist_ok=True)
-    java_options = f"-XX:-UsePerfData -Djava.io.tmpdir={scratch}/tmp -Dderby.system.home={scratch} -Duser.timezone=UTC"
+    java_options = " ".join(
+        [
+            "-XX:-UsePerfData",  # it would be written to /tmp
+            _COMPILER,
+            f"-Djava.io.tmpdir={scratch}/tmp",
+            f"-Dderby.system.home={scratch}",
+            "-Duser.timezone=UTC",
+        ]
+    )
     conf = {
         "spark.master": f"local[{cores}]",
         "spark.app.name": "headwater",
@@ -204,6 +214,5 @@ def server_command(
     for key, value in conf.items():
         command += ["--conf", f"{key}={value}"]
     env = java_env(scratch / "tmp") | {"SPARK_CONF_DIR": str(conf_dir)}
-    # spark-submit gives these to the server's JVM too, where driver.extraJavaOptions says the same
-    env.pop("SPARK_SUBMIT_OPTS")
+    env.pop("SPARK_SUBMIT_OPTS")  # the same as driver.extraJavaOptions
     return command, env

@@ -83,7 +83,7 @@ def test_every_task_shares_one_server_that_writes_under_home_only(
     process = psutil.Process(server.pid)
     listening = {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
-    outside = [f.path for f in process.open_files() if "w" in getattr(f, "mode", "")]
+    outside = [f.path for f in process.open_files() if getattr(f, "mode", "r") != "r"]
     assert all(Path(p).is_relative_to(settings.home) for p in outside), outside
     said = subprocess.run(
         [sys.executable, "-m", "jobs.spark", "status"],
