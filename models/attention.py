@@ -199,7 +199,8 @@ def _groups(blocks: _Blocks) -> list[tuple[Tensor, int, int]]:
 def _bias(recency: Recency, query: Tensor, key: Tensor) -> Tensor:
     """(b, t, 1 + l, G), for padded queries (b, t) and keys (b, 1 + l); of slot 0 it is 0."""
     asked = recency.q_time.index_select(0, query.flatten()).view(query.shape)
-    happened = recency.kv_time.index_select(0, (key[:, 1:] - 1).flatten()).view(key.shape[0], -1)
+    times = F.pad(recency.kv_time, (1, 0))  # as the keys: slot 0 is the null slot
+    happened = times.index_select(0, key[:, 1:].flatten()).view(key.shape[0], -1)
     bucket = recency_bucket(asked[:, :, None] - happened[:, None, :])
     return F.pad(F.embedding(bucket, recency.table), (0, 0, 1, 0))
 
