@@ -7,9 +7,10 @@ import pprint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from feature_store.spec import Dataset
 from jobs.context import JobContext
 from jobs.training import tracking
-from jobs.training.checkpoints import Checkpoints
+from jobs.training.checkpoints import Checkpoints, Snapshot
 from jobs.training.config import to_plain
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 def experiment(dataset: str, model: str) -> str:
     """The experiment of an upstream model."""
     return f"{dataset}/upstream/{model}"
+
+
+def run_key(dataset: Dataset, snapshot: Snapshot) -> str:
+    """What finds the run of a snapshot's training again."""
+    return f"{dataset.name}/{snapshot.model}/{snapshot.ds}/{snapshot.run_hash}"
 
 
 def log_day(
@@ -47,7 +53,7 @@ def log_day(
         context.settings,
         experiment=experiment(dataset.name, model),
         name=f"{model} {ds}",
-        key=f"{dataset.name}/{model}/{ds}/{candidate.run_hash}",
+        key=run_key(dataset, candidate),
         tags=tags,
     ) as run:
         run.params({"model": model, "ds": ds, **to_plain(preset)})

@@ -1,0 +1,246 @@
+"""Publish one model's user embeddings of one day: raw and pooled, from the day's champion.
+
+Every user in the history window gets one, made from events available before the end of `ds` less
+`serve_delay`, to be used on `ds + 1`. Coverage, norms and drift are checked, and kept with the
+partition and in MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from feature_store.days import day_range, end_us, micros, shift
+from feature_store.errors import DataError, QualityError
+from jobs.context import JobContext, main
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from feature_store.embeddings import UserEmbeddings
+    from feature_store.lake import Lake
+    from jobs.training.checkpoints import Snapshot
+    from jobs.training.presets import Preset
+
+POOLED_DAYS = 3  # ds, ds - 1 and ds - 2
+READ_ROWS = 8192
+
+
+def run(context: JobContext) -> None:
+    """Publish `context.model` on `context.ds`.
+
+    Raises:
+        HeadwaterError: the day has no champion.
+        MissingPartitionError: the day's user table has not been written.
+        QualityError: an embedding is not finite, or all zeros.
+    """
+    from feature_store import quality
+    from feature_store.embeddings import published_rows, read_embeddings
+    from jobs.training.checkpoints import Checkpoints
+    from jobs.training.presets import preset
+
+    warm = quality.warm_up()
+    dataset, ds, model, lake = context.dataset, context.ds, context.require_model(), context.lake
+    root = context.settings.snapshot_dir(dataset.name, model, ds).parent
+    champion = Checkpoints(root).require_champion(ds)
+    chosen = preset(dataset, model)
+    users = UserRows.of(lake, chosen, ds)
+    ids, raw = embed(context, chosen, champion, users, Checkpoints(root))
+    if not len(ids):
+        raise DataError(
+            f"{users.table} of {dataset.name} on {ds} has no user: nothing to publish; "
+            "check that the source has events on that day"
+        )
+    published = lake.partitions("user_embeddings", model)
+    before_days = [shift(ds, -i) for i in range(1, POOLED_DAYS)]
+    before = [read_embeddings(lake, model, d, "raw") for d in before_days if d in published]
+    notes = statistics(context, ids, raw, before[0] if before and before[0].ds == before_days[0] else None)
+    notes["snapshot"] = champion.id
+    inputs = dict(users.inputs)
+    for day in before:
+        inputs |= lake.require("user_embeddings", [day.ds], model)
+    rows = published_rows(
+        dataset, model=model, ds=ds, snapshot=champion.id, user_ids=ids, raw=raw, before=before
+    )
+    warm.join()
+    lake.publish_arrow(
+        "user_embeddings", ds, rows, inputs=inputs, model=model, notes=notes,
+        code_version=context.code_version, engine="torch",
+    )  # fmt: skip
+    _log(context, model, notes)
+    print(
+        f"{model} {ds}: {len(ids):,} users published from {champion.id}, "
+        f"coverage {notes['coverage'] if notes['coverage'] is not None else float('nan'):.1%}",
+        flush=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserRows:
+    """Where the users of a day are: one row each, over partitions at pinned versions.
+
+    Args:
+        table: `aggregates`, or `sequences`.
+        days: newest first; a user's row is in the newest day that has them.
+        inputs: {"<table>/<ds>": version}.
+    """
+
+    table: str
+    days: tuple[str, ...]
+    inputs: dict[str, int]
+
+    @classmethod
+    def of(cls, lake: Lake, preset: Preset, ds: str) -> UserRows:
+        """The user rows that `preset` publishes from on `ds`.
+
+        Raises:
+            MissingPartitionError: a partition has not been written.
+        """
+        table = preset.user_table
+        inputs = lake.require(table, [ds])
+        days = [ds]
+        if table == "sequences":
+            known = lake.partitions(table)
+            bases = [d for d, p in known.items() if d <= ds and p.notes.get("base")]
+            days = day_range(max(bases, default=min(known)), ds)
+            inputs = lake.require(table, days)
+        return cls(table=table, days=tuple(reversed(days)), inputs=inputs)
+
+    def batches(self, lake: Lake, preset: Preset) -> Iterator[pa.RecordBatch]:
+        """The newest row of each user, once. Holds 8 bytes per user, and a batch."""
+        import numpy as np
+        import pyarrow as pa
+
+        from jobs.training.ids import int64_ids
+        from jobs.training.rows import columns_of
+
+        columns = columns_of(
+            lake.dataset, self.table, history=preset.history, user_features=preset.user_features
+        )
+        seen = np.empty(0, np.int64)
+        for day in self.days:
+            today = []
+            for batch in lake.batches(
+                self.table, days=[day], columns=columns, version=self.inputs, batch_rows=READ_ROWS
+            ):
+                ids = int64_ids(batch.column("user_id"))
+                place = np.minimum(np.searchsorted(seen, ids), max(len(seen) - 1, 0))
+                keep = seen[place] != ids if len(seen) else np.ones(len(ids), bool)
+                today.append(ids[keep])
+                if keep.any():
+                    yield batch if keep.all() else batch.filter(pa.array(keep))
+            seen = np.sort(np.concatenate([seen, *today]))
+
+
+def embed(
+    context: JobContext, preset: Preset, champion: Snapshot, users: UserRows, checkpoints: Any
+) -> tuple[pa.Array, np.ndarray]:
+    """User ids, as stored, and embeddings (n, K, D) float16, in the order of the ids."""
+    import numpy as np
+    import pyarrow as pa
+    import torch
+
+    from jobs.training.loader import user_batches
+    from jobs.training.loop import Learner, choose_device
+
+    dataset, limits = context.dataset, preset.training.inference
+    torch.set_num_threads(preset.training.threads)
+    learner = Learner(dataset, preset, choose_device())
+    learner.load(checkpoints.load(champion.id))
+    cutoff = end_us(context.ds, dataset.utc_offset) - micros(dataset.serve_delay)
+    ids, values = [], []
+    for user_ids, batch in user_batches(
+        dataset, users.batches(context.lake, preset), limits=limits, cutoff=cutoff
+    ):
+        found = learner.user_embeddings(batch, cutoff).numpy()
+        if preset.history:  # who has no event before the cutoff is not in the window yet
+            some = batch.event_offsets.diff().numpy() > 0
+            found, user_ids = found[some], user_ids.filter(pa.array(some))
+        with np.errstate(over="ignore"):
+            values.append(found.astype(np.float16))
+        ids.append(user_ids)
+    if not ids:
+        return pa.array([]), np.empty((0, 0, 0), np.float16)
+    joined = pa.concat_arrays(ids)
+    order = pa.compute.sort_indices(joined)
+    return joined.take(order), np.concatenate(values)[order.to_numpy()]
+
+
+def statistics(
+    context: JobContext, ids: pa.Array, raw: np.ndarray, yesterday: UserEmbeddings | None
+) -> dict[str, Any]:
+    """Coverage, norms and drift, in float32.
+
+    Returns:
+        users; coverage (share of the day's impression users who have one, None without
+        impressions); norm_mean, norm_min, norm_max; common_users, cosine, l2, l2_relative against
+        the day before, None where it was not published.
+
+    Raises:
+        QualityError: an embedding is not finite in float16, or all zeros.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+
+    from jobs.training.judge import drift
+
+    flat = raw.reshape(len(raw), -1).astype(np.float32)
+    norms = np.linalg.norm(flat, axis=1)
+    bad = ~np.isfinite(norms) | (norms == 0)
+    if bad.any():
+        few = [ids[int(i)].as_py() for i in np.nonzero(bad)[0][:3]]
+        raise QualityError(
+            f"user_embeddings of {context.model} on {context.ds}: norm has to be finite and above 0, "
+            f"{int(bad.sum())} of {len(norms)} are not (users {few}); look at the snapshot's training"
+        )
+    notes: dict[str, Any] = {
+        "users": len(ids),
+        "coverage": None,
+        "norm_mean": float(norms.mean()),
+        "norm_min": float(norms.min()),
+        "norm_max": float(norms.max()),
+        "common_users": 0,
+        "cosine": None,
+        "l2": None,
+        "l2_relative": None,
+    }
+    if context.ds in context.lake.partitions("impressions"):
+        shown = context.lake.read("impressions", days=[context.ds], columns=["user_id"])["user_id"]
+        users = pc.unique(shown)
+        if len(users):
+            notes["coverage"] = pc.sum(pc.is_in(users, value_set=ids)).as_py() / len(users)
+    if yesterday is not None and yesterday.values.shape[1:] == raw.shape[1:]:
+        before, present = yesterday.lookup(ids)
+        notes["common_users"] = int(present.sum())
+        if present.any():
+            moved = drift(raw[present], before[present])
+            notes |= {k: moved[k] for k in ("cosine", "l2", "l2_relative")}
+    return notes
+
+
+def _log(context: JobContext, model: str, notes: dict[str, Any]) -> None:
+    """Beside the training of the day, in its run."""
+    import json
+
+    from jobs.training import tracking
+    from jobs.training.checkpoints import CHAMPION, Checkpoints
+    from jobs.training.upstream_run import experiment, run_key
+
+    dataset = context.dataset
+    day = context.settings.snapshot_dir(dataset.name, model, context.ds)
+    record = json.loads((day / CHAMPION).read_text())
+    candidate = Checkpoints(day.parent).get(record["candidate"])
+    with tracking.Run(
+        context.settings,
+        experiment=experiment(dataset.name, model),
+        name=f"{model} {context.ds}",
+        key=run_key(dataset, candidate),
+        tags={"published_snapshot": notes["snapshot"]},
+    ) as run:
+        run.metrics({f"published_{k}": v for k, v in notes.items() if k != "snapshot"})
+
+
+if __name__ == "__main__":
+    main("publish_embeddings")
