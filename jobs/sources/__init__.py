@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from feature_store.errors import DataError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import DataFrame
 
 
@@ -41,7 +42,7 @@ class SourceDay:
             kind has an item, the context features, the given labels (1, 0 or null; named as in
             `GivenLabel.column`), and `target_id` unless the spec's `id_from` says what it is
             hashed from. None: nothing was scored that day.
-        truth: simulated datasets only: `target_id`, `task`, `probability`.
+        truth: simulated datasets only: `target_id`, `task`, `probability`, in memory.
         overlapping: the source's files reach over into other days, so that rows of other days are
             dropped and counted; otherwise such rows are an error.
         notes: counts to keep in the ledger beside those of the ingestion (say, lines skipped).
@@ -49,7 +50,7 @@ class SourceDay:
 
     events: dict[str, DataFrame]
     impressions: DataFrame | None = None
-    truth: DataFrame | None = None
+    truth: pa.Table | None = None
     overlapping: bool = False
     notes: dict[str, int | float | str] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ microseconds; days are counted from the epoch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from hashlib import blake2b
@@ -236,13 +237,12 @@ class World:
         row, column = np.nonzero((slot < length[:, None]) & (time < (day + 1) * DAY_US - 60 * SECOND_US))
         return row, column, time[row, column], like[row, column]
 
-    def likes(self, day: int, sessions: Sessions | None = None) -> Likes:
+    def likes(self, day: int, sessions: Sessions) -> Likes:
         """Pages liked on `day`, of the session's intent or of any interest, at 1 : 1.
 
         Of five likes three close a comparison: a page of the rival is liked 3 seconds before. Both
         are counted alike; which one came last tells what the person settled on.
         """
-        sessions = sessions or self.sessions(day)
         row, slot, time, like = self._actions(day, sessions)
         row, slot, time = row[like], slot[like], time[like]
         user, keys = sessions.user[row], (sessions.user[row], day, sessions.number[row], slot)
@@ -358,13 +358,17 @@ class World:
             click_time + (hours * HOUR_US).astype(np.int64),
         )  # fmt: skip
 
-    def day(self, day: int) -> tuple[Likes, Impressions]:
-        """Everything that happens on `day`, drawn alone."""
-        sessions = self.sessions(day)
-        today = self.likes(day, sessions)
-        before = [self.likes(d) for d in range(day - MEMORY_DAYS, day)]
-        known = Likes(*(np.concatenate(parts) for parts in zip(*before, today, strict=True)))
-        return today, self.impressions(day, sessions, known)
+    def days(self, days: Sequence[int]) -> list[tuple[Likes, Impressions]]:
+        """Everything that happens on each of `days`: the same as if each were drawn alone, in less time."""
+        needed = sorted({d - back for d in days for back in range(MEMORY_DAYS + 1)})
+        sessions = {d: self.sessions(d) for d in needed}
+        likes = {d: self.likes(d, sessions[d]) for d in needed}
+
+        def known(day: int) -> Likes:
+            parts = [likes[d] for d in range(day - MEMORY_DAYS, day + 1)]
+            return Likes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+        return [(likes[d], self.impressions(d, sessions[d], known(d))) for d in days]
 
 
 def _seen_before(user: Array, advertiser: Array, time: Array) -> Array:
