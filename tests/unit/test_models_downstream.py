@@ -1,0 +1,95 @@
+"""The downstream model: its arms differ in what they read and in nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from models.batch import Batch
+from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
+from models.features import feature_plan
+from models.loss import multi_task_loss
+from models.tables import TableConfig
+from tests.batches import random_batch
+from tests.tiny import TINY
+
+TABLES = TableConfig(dim=8, default_rows=64, item_rows=128)
+SOURCE = PublishedSource(name="sum", embeddings=2, dim=32)
+ARMS = {
+    "context": DownstreamConfig(use_user_features=False, tables=TABLES),
+    "aggregates": DownstreamConfig(tables=TABLES),
+    "embeddings": DownstreamConfig(sources=(SOURCE,), tables=TABLES),
+    "context and embeddings": DownstreamConfig(
+        use_user_features=False, sources=(SOURCE,), tables=TABLES
+    ),
+}
+
+
+def make(arm: str) -> Downstream:
+    torch.manual_seed(0)
+    return Downstream(feature_plan(TINY), ARMS[arm])
+
+
+def published(batch: Batch, seed: int = 0) -> dict[str, Published]:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(batch.rows, 2, 32, generator=generator)
+    return {"sum": Published(values, torch.arange(batch.rows) % 3 != 0)}
+
+
+def dense(model: Any) -> list[torch.nn.Parameter]:
+    fused = {id(p) for p in model.tables.parameters()}
+    return [p for p in model.parameters() if id(p) not in fused]
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_each_arm_overfits_and_every_parameter_learns(arm: str) -> None:
+    model, batch = make(arm), random_batch(TINY, rows=8, ids=50)
+    adam = torch.optim.Adam(dense(model), lr=0.01)
+    for step in range(150):
+        adam.zero_grad()
+        logits = model(batch, published(batch))
+        assert logits.shape == (batch.targets,)
+        loss = multi_task_loss(logits[:, None], batch.labels[:, :1]).total
+        loss.backward()
+        if step == 0:
+            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dense(model))
+        adam.step()
+    assert loss < 0.15
+
+
+def test_the_context_arm_reads_nothing_of_the_user() -> None:
+    model, batch = make("context").eval(), random_batch(TINY)
+    other = replace(
+        batch,
+        user_ids={k: v + 1 for k, v in batch.user_ids.items()},
+        sparse={k: v._replace(values=v.values + 1) for k, v in batch.sparse.items()},
+        dense=batch.dense + 1,
+        has_aggregates=1 - batch.has_aggregates,
+    )
+    assert torch.equal(model(batch), model(other))
+    assert not torch.equal(make("aggregates").eval()(batch), make("aggregates").eval()(other))
+
+
+def test_a_missing_embedding_is_known_to_be_missing_whatever_lies_there() -> None:
+    model, batch = make("context and embeddings").eval(), random_batch(TINY)
+    with torch.no_grad():
+        model.missing["sum"].fill_(0.3)
+    values, present = published(batch)["sum"]
+    junk = torch.where(present[:, None, None], values, float("nan"))
+    first = model(batch, {"sum": Published(values, present)})
+    assert torch.equal(first, model(batch, {"sum": Published(junk, present)}))
+    zeros = torch.where(present[:, None, None], values, 0.0)
+    all_there = model(batch, {"sum": Published(zeros, torch.ones_like(present))})
+    assert not torch.equal(first, all_there)  # missing is not the same as zero
+
+
+def test_embeddings_that_are_not_as_configured_are_refused() -> None:
+    model, batch = make("embeddings"), random_batch(TINY)
+    with pytest.raises(ValueError, match="give the source 'sum'"):
+        model(batch)
+    wrong = Published(torch.zeros(batch.rows, 3, 32), torch.ones(batch.rows))
+    with pytest.raises(ValueError, match=r"sum has shape \(6, 3, 32\), expected \(6, 2, 32\)"):
+        model(batch, {"sum": wrong})
