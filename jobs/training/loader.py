@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # Arrow's buffers are read-only and tensors over them are only read.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
+_SAMPLE = 0x73616D706C65
+
 
 class Users(StrEnum):
     """Whose rows are read."""
@@ -161,12 +163,17 @@ def labelled_rows(
     user_features: bool = True,
     seed: int | None = None,
     limits: Limits | None = None,
+    share: float = 1.0,
 ) -> Iterator[Rows]:
-    """The same as `labelled_batches`, a decoded buffer at a time."""
+    """The same as `labelled_batches`, a decoded buffer at a time.
+
+    Args:
+        share: of the users, by a hash that is the same on every day.
+    """
     limits = limits or Limits()
     columns = columns_of(dataset, "examples", history=history, user_features=user_features)
     streams = [
-        _labelled(lake, dataset, s, users=users, columns=columns, index=i, limits=limits)
+        _labelled(lake, dataset, s, users=users, columns=columns, index=i, limits=limits, share=share)
         for i, s in enumerate(shown)
     ]
     buffer: list[tuple[int, pa.RecordBatch]] = []
@@ -195,6 +202,7 @@ def _labelled(
     columns: list[str],
     index: int,
     limits: Limits,
+    share: float,
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     for batch in lake.batches(
         "examples", days=[shown.ds], columns=columns, version=shown.version,
@@ -204,6 +212,8 @@ def _labelled(
         keep = shown.labels.labelled(ids, batch.column("part").to_numpy().astype(np.int64))
         if users is not Users.ALL:
             keep &= held_out(ids, dataset.held_out_share) == (users is Users.HELD_OUT)
+        if share < 1.0:
+            keep &= mix(ids, _SAMPLE) < np.uint64(int(share * 2.0**64))
         if keep.any():
             yield index, batch if keep.all() else batch.filter(pa.array(keep))
 

@@ -1,0 +1,383 @@
+"""The downstream comparison: one small model, several arms, the same data, seeds and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from feature_store.embeddings import UserEmbeddings
+from feature_store.spec import Dataset, Task
+from jobs.training.ids import int64_ids
+from jobs.training.judge import metrics_of
+from jobs.training.loader import Limits, cuts
+from jobs.training.loop import Scored, choose_device, concat, labelled_predictions
+from jobs.training.rows import Rows
+from models import metrics
+from models.batch import Batch, Sparse
+from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
+from models.features import ITEM, FeaturePlan, feature_plan
+from models.loss import multi_task_loss
+from models.tables import TableConfig
+
+REFERENCE = "aggregates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmConfig:
+    """One arm.
+
+    Args:
+        name: letters, digits and underscores, for metrics and columns.
+        title: for people.
+        user_features: read the legacy user features.
+        sources: upstream models whose embeddings are read.
+    """
+
+    name: str
+    title: str
+    user_features: bool
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownstreamTraining:
+    """Every arm's budget.
+
+    Args:
+        train_days, min_train_days: most, and fewest, days trained on.
+        max_train_targets, max_test_targets: above them a share of the users is taken.
+        epochs: passes.
+        batch_targets: targets of a batch.
+        learning_rate: of Adam; the tables have theirs.
+        bootstrap_samples: of the intervals.
+        importance_targets: test targets that permutation importance is measured on.
+        threads: of torch on a CPU.
+    """
+
+    train_days: int = 5
+    min_train_days: int = 3
+    max_train_targets: int = 120_000
+    max_test_targets: int = 60_000
+    epochs: int = 1
+    batch_targets: int = 512
+    learning_rate: float = 2e-3
+    bootstrap_samples: int = 500
+    importance_targets: int = 12_000
+    threads: int = 2
+    tables: TableConfig = field(
+        default_factory=lambda: TableConfig(dim=16, default_rows=2**12, item_rows=2**14)
+    )
+
+
+def arms(models: Sequence[str]) -> list[ArmConfig]:
+    """The arms for these upstream models: every question that the report answers, and no more."""
+    found = [
+        ArmConfig(name="context", title="context and item only", user_features=False),
+        ArmConfig(name=REFERENCE, title="+ hand-made aggregates", user_features=True),
+    ]
+    for model in models:
+        found.append(
+            ArmConfig(
+                name=f"aggregates_{model}",
+                title=f"+ aggregates + {model}",
+                user_features=True,
+                sources=(model,),
+            )
+        )
+    if len(models) > 1:
+        found.append(
+            ArmConfig(
+                name="aggregates_all",
+                title=f"+ aggregates + {' + '.join(models)}",
+                user_features=True,
+                sources=tuple(models),
+            )
+        )
+    for model in models:
+        found.append(
+            ArmConfig(
+                name=f"context_{model}",
+                title=f"context and item + {model} alone",
+                user_features=False,
+                sources=(model,),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A batch with its rows' published embeddings, and what finds its targets again."""
+
+    batch: Batch
+    published: dict[str, Published]
+    rows: Rows
+    lo: int
+    hi: int
+
+
+def load(
+    decoded: Iterable[Rows], embeddings: Mapping[str, UserEmbeddings], limits: Limits
+) -> list[Loaded]:
+    """Rows of one day with the embeddings that were published the day before it.
+
+    Args:
+        embeddings: by upstream model.
+    """
+    by_id = {m: replace(e, ids=pa.array(int64_ids(e.ids))) for m, e in embeddings.items()}
+    out = []
+    for rows in decoded:
+        for lo, hi in cuts(rows, limits):
+            published = {}
+            for model, found in by_id.items():
+                values, present = found.lookup(rows.user_id[lo:hi])
+                published[model] = Published(
+                    torch.from_numpy(values.astype(np.float32)), torch.from_numpy(present)
+                )
+            batch = rows.batch(lo, hi)
+            out.append(Loaded(batch=batch, published=published, rows=rows, lo=lo, hi=hi))
+    return out
+
+
+class Comparison:
+    """Trains every arm on `training` and scores `test`.
+
+    Args:
+        dataset, task: what is predicted.
+        config: the budget.
+        training, test: what `load` gave.
+        seed: of every arm's weights and order.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: Dataset,
+        task: Task,
+        config: DownstreamTraining,
+        training: Sequence[Loaded],
+        test: Sequence[Loaded],
+        seed: int,
+    ) -> None:
+        self.dataset, self.task, self.config, self.seed = dataset, task, config, seed
+        self.training, self.test = training, test
+        self.index = [t.name for t in dataset.tasks].index(task.name)
+        self.plan: FeaturePlan = feature_plan(dataset)
+        self.device = choose_device()
+        torch.set_num_threads(config.threads)
+
+    def train(self, arm: ArmConfig) -> Downstream:
+        """The arm's model, trained."""
+        sources = []
+        for name in arm.sources:
+            _, count, dim = self.training[0].published[name].values.shape
+            sources.append(PublishedSource(name=name, embeddings=count, dim=dim))
+        torch.manual_seed(self.seed)
+        model = Downstream(
+            self.plan,
+            DownstreamConfig(
+                use_user_features=arm.user_features,
+                sources=tuple(sources),
+                tables=self.config.tables,
+            ),
+            device=self.device,
+        )
+        fused = {id(p) for p in model.tables.parameters()}
+        dense = [p for p in model.parameters() if id(p) not in fused]
+        adam = torch.optim.Adam(dense, lr=self.config.learning_rate)
+        order = np.random.default_rng(self.seed)
+        model.train()
+        for _ in range(self.config.epochs):
+            for i in order.permutation(len(self.training)):
+                item = self.training[i]
+                batch = item.batch.to(self.device)
+                adam.zero_grad(set_to_none=True)
+                logits = model(batch, self._published(item, arm))
+                labels = batch.labels[:, self.index : self.index + 1]
+                multi_task_loss(logits[:, None], labels).total.backward()
+                adam.step()
+        return model.eval()
+
+    def _published(self, item: Loaded, arm: ArmConfig) -> dict[str, Published]:
+        return {m: Published(*(x.to(self.device) for x in item.published[m])) for m in arm.sources}
+
+    @torch.no_grad()
+    def predict(self, model: Downstream, arm: ArmConfig) -> Scored:
+        """Predictions for the test's labels."""
+        parts = []
+        for item in self.test:
+            logits = model(item.batch.to(self.device), self._published(item, arm))
+            wide = np.full(tuple(item.batch.labels.shape), np.nan, np.float32)
+            wide[:, self.index] = torch.sigmoid(logits).cpu().numpy()
+            only = _only_task(item.batch, self.index)
+            parts.append(labelled_predictions(self.dataset, item.rows, item.lo, item.hi, only, wide))
+        return concat(parts)
+
+    def base_rate(self) -> float:
+        """Share of positives among the labels trained on."""
+        labels = torch.cat([x.batch.labels[:, self.index] for x in self.training])
+        return float((labels == 1).sum()) / max(int((labels >= 0).sum()), 1)
+
+    def run(self, chosen: Sequence[ArmConfig]) -> tuple[dict[str, Any], dict[str, Scored]]:
+        """Results per arm, differences to the reference, importance; and predictions per arm."""
+        rate = self.base_rate()
+        scored: dict[str, Scored] = {}
+        results: dict[str, Any] = {}
+        richest: tuple[Downstream, ArmConfig] | None = None
+        for arm in chosen:
+            model = self.train(arm)
+            scored[arm.name] = found = self.predict(model, arm)
+            results[arm.name] = {
+                "title": arm.title,
+                "sources": list(arm.sources),
+                "user_features": arm.user_features,
+                **metrics_of(found.label, found.prediction, rate),
+                "gauc": _number(metrics.grouped_auc(found.label, found.prediction, found.user_id)),
+                "domains": self._domains(found, rate),
+            }
+            if arm.user_features and (richest is None or len(arm.sources) > len(richest[1].sources)):
+                richest = model, arm
+        reference = scored[REFERENCE]
+        for name, found in scored.items():
+            results[name]["difference"] = None
+            if name != REFERENCE:
+                results[name]["difference"] = self._difference(found, reference, rate)
+        out: dict[str, Any] = {"base_rate": rate, "reference": REFERENCE, "arms": results}
+        if richest is not None:
+            out["importance"] = self.importance(*richest, rate)
+        return out, scored
+
+    def _domains(self, found: Scored, rate: float) -> dict[str, Any]:
+        if self.dataset.domain is None:
+            return {}
+        return {
+            str(value): metrics_of(part.label, part.prediction, rate)
+            for value in np.unique(found.domain)
+            for part in [found.where(found.domain == value)]
+        }
+
+    def _difference(self, found: Scored, reference: Scored, rate: float) -> dict[str, float] | None:
+        interval = metrics.bootstrap_ne_difference(
+            found.label,
+            found.prediction,
+            reference.prediction,
+            found.user_id,
+            rate,
+            samples=self.config.bootstrap_samples,
+            seed=self.seed % 2**32,
+        )
+        return asdict(interval) if np.isfinite(interval.mean) else None
+
+    # ---- permutation importance
+
+    @torch.no_grad()
+    def importance(self, model: Downstream, arm: ArmConfig, rate: float) -> dict[str, Any]:
+        """NE of `model` with one feature's values shuffled among the test's users, or targets."""
+        chosen, targets = [], 0
+        for item in self.test:
+            if targets >= self.config.importance_targets:
+                break
+            chosen.append(item)
+            targets += item.batch.targets
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def ne(feature: str | None) -> float:
+            labels, predictions = [], []
+            for item in chosen:
+                batch, published = item.batch, {m: item.published[m] for m in arm.sources}
+                if feature is not None:
+                    batch, published = permuted(batch, published, feature, generator, self.plan)
+                moved = {m: Published(*(x.to(self.device) for x in p)) for m, p in published.items()}
+                logits = model(batch.to(self.device), moved)
+                known = batch.labels[:, self.index] >= 0
+                labels.append(batch.labels[known, self.index].numpy())
+                predictions.append(torch.sigmoid(logits).cpu()[known].numpy())
+            return metrics.normalized_entropy(
+                np.concatenate(labels), np.concatenate(predictions), rate
+            )
+
+        whole = ne(None)
+        ranking = metrics.importance_ranking(whole, {f: ne(f) for f in features(self.plan, arm)})
+        return {
+            "arm": arm.name,
+            "ne": _number(whole),
+            "targets": targets,
+            "ranking": [
+                {"rank": r.rank, "feature": r.feature, "ne_increase": _number(r.ne_increase)}
+                for r in ranking
+            ],
+        }
+
+
+def _only_task(batch: Batch, index: int) -> Batch:
+    labels = torch.full_like(batch.labels, -1)
+    labels[:, index] = batch.labels[:, index]
+    return replace(batch, labels=labels)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def features(plan: FeaturePlan, arm: ArmConfig) -> list[str]:
+    """Features of the arm that are permuted one by one; all item popularity counts as one."""
+    names = [c.name for c in plan.candidates] + list(plan.context_numbers) + ["time of day"]
+    if plan.item_numbers:
+        names.append("item popularity and age")
+    if arm.user_features:
+        names += [u.name for u in plan.user_ids] + [b.name for b in plan.bags]
+        names += list(plan.user_numbers)
+    return names + [f"{m} embeddings" for m in arm.sources]
+
+
+def permuted(
+    batch: Batch,
+    published: Mapping[str, Published],
+    feature: str,
+    generator: torch.Generator,
+    plan: FeaturePlan,
+) -> tuple[Batch, dict[str, Published]]:
+    """The batch with one feature shuffled: among its users what belongs to users, else its targets."""
+    rows = torch.randperm(batch.rows, generator=generator)
+    targets = torch.randperm(batch.targets, generator=generator)
+    out = dict(published)
+    for model, (values, present) in published.items():
+        if feature == f"{model} embeddings":
+            out[model] = Published(values[rows], present[rows])
+            return batch, out
+    if feature in batch.sparse and feature in {b.name for b in plan.bags}:
+        sparse = {**batch.sparse, feature: _permuted_sparse(batch.sparse[feature], rows)}
+        return replace(batch, sparse=sparse), out
+    if feature in plan.user_numbers:
+        dense = batch.dense.clone()
+        column = plan.user_numbers.index(feature)
+        dense[:, column] = dense[rows, column]
+        return replace(batch, dense=dense), out
+    if feature in {u.name for u in plan.user_ids}:
+        moved = {**batch.user_ids, feature: batch.user_ids[feature][rows]}
+        return replace(batch, user_ids=moved), out
+    if feature == ITEM:
+        return replace(batch, item_id=batch.item_id[targets]), out
+    if feature == "time of day":
+        return replace(batch, as_of=batch.as_of[targets]), out
+    if feature == "item popularity and age":
+        return replace(batch, item_features=batch.item_features[targets]), out
+    if feature in batch.context_ids:
+        moved = {**batch.context_ids, feature: batch.context_ids[feature][targets]}
+        return replace(batch, context_ids=moved), out
+    moved = {**batch.context_floats, feature: batch.context_floats[feature][targets]}
+    return replace(batch, context_floats=moved), out
+
+
+def _permuted_sparse(sparse: Sparse, rows: torch.Tensor) -> Sparse:
+    lengths = sparse.offsets.diff()[rows]
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    within = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], lengths)
+    place = torch.repeat_interleave(sparse.offsets[:-1][rows], lengths) + within
+    scores = None if sparse.scores is None else sparse.scores[place]
+    return Sparse(sparse.values[place], offsets, scores)
