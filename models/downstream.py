@@ -81,10 +81,11 @@ class Downstream(nn.Module):
         super().__init__()
         self.plan, self.config = plan, config
         dim = config.dim
-        features = [*plan.candidates]
+        vocabularies = [c.vocabulary for c in plan.candidates]
         if config.use_user_features:
-            features += [*plan.user_ids, *plan.bags]  # type: ignore[list-item]
-        self.tables = Tables((f.vocabulary for f in features), config=config.tables, device=device)
+            vocabularies += [u.vocabulary for u in plan.user_ids]
+            vocabularies += [b.vocabulary for b in plan.bags]
+        self.tables = Tables(vocabularies, config=config.tables, device=device)
         self.target = TargetEncoder(plan, dim)
         n_tokens = self.target.n_tokens + 1
         self.user: UserEncoder | None = None

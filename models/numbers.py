@@ -59,7 +59,9 @@ class Standardise(nn.Module):
         divisor = count.clamp(min=1)
         self.batches += some
         rate = torch.where(
-            some, (1.0 / self.batches.clamp(min=1)).clamp(min=self.momentum), torch.zeros_like(self.mean)
+            some,
+            (1.0 / self.batches.clamp(min=1)).clamp(min=self.momentum),
+            torch.zeros_like(self.mean),
         )
         self.mean += rate * (values.sum(0) / divisor - self.mean)
         self.square += rate * (values.square().sum(0) / divisor - self.square)

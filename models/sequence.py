@@ -150,7 +150,9 @@ class CausalLayer(nn.Module):
         self.recency = RecencyBias(self.heads)
         self.out = nn.Linear(width, width)
         self.feed_norm = nn.LayerNorm(width)
-        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.feed = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, events: Tensor, batch: Batch) -> Tensor:
         """(N, E) -> (N, E)."""

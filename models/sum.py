@@ -98,8 +98,12 @@ class Sum(nn.Module):
     ) -> None:
         super().__init__()
         self.plan, self.config = plan, config
-        features = (*plan.user_ids, *plan.bags, *plan.candidates)
-        self.tables = Tables((f.vocabulary for f in features), config=config.tables, device=device)
+        self.tables = Tables(
+            [f.vocabulary for f in (*plan.user_ids, *plan.candidates)]
+            + [b.vocabulary for b in plan.bags],
+            config=config.tables,
+            device=device,
+        )
         self.user = UserEncoder(plan, config.dim, dense_tokens=config.dense_tokens)
         self.target = TargetEncoder(plan, config.dim)
         self.user_tower = UserTower(

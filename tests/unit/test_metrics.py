@@ -86,7 +86,9 @@ def test_the_intercept_shift_repairs_calibration_and_keeps_the_ranking(sample) -
     biased = 1 / (1 + np.exp(-logits))
     shifted = metrics.shift_intercept(labels, biased)
     assert shifted.mean() == pytest.approx(labels.mean())
-    np.testing.assert_array_equal(np.argsort(shifted, kind="stable"), np.argsort(biased, kind="stable"))
+    np.testing.assert_array_equal(
+        np.argsort(shifted, kind="stable"), np.argsort(biased, kind="stable")
+    )
     rate = float(labels.mean())
     assert metrics.shifted_normalized_entropy(labels, biased, rate) < metrics.normalized_entropy(
         labels, biased, rate
@@ -147,7 +149,11 @@ def test_bootstrap_draws_users_and_not_rows() -> None:
     base = np.full(40, 0.5)
     one = metrics.bootstrap_ne_difference(labels, better, base, np.arange(40), 0.5)
     many = metrics.bootstrap_ne_difference(
-        np.repeat(labels, 50), np.repeat(better, 50), np.repeat(base, 50), np.repeat(np.arange(40), 50), 0.5
+        np.repeat(labels, 50),
+        np.repeat(better, 50),
+        np.repeat(base, 50),
+        np.repeat(np.arange(40), 50),
+        0.5,
     )
     assert many.low == pytest.approx(one.low)
     assert many.high == pytest.approx(one.high)

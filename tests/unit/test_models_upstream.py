@@ -62,7 +62,9 @@ def test_shapes_and_every_parameter_learns(name: str, spec: Dataset) -> None:
     model = MAKERS[name](spec)
     batch = random_batch(spec, rows=12)
     assert model(batch).logits.shape == (batch.targets, len(spec.tasks))
-    tables = {n: w.weight.detach().clone() for n, w in model.tables.collection.embedding_bags.items()}
+    tables = {
+        n: w.weight.detach().clone() for n, w in model.tables.collection.embedding_bags.items()
+    }
     losses(model, batch).backward()
     for parameter_name, parameter in dense_parameters(model).items():
         assert parameter.grad is not None, parameter_name
@@ -118,9 +120,7 @@ def test_user_embeddings_of_sum_read_no_target_and_no_event() -> None:
     model = make_sum().eval()
     batch = random_batch(TINY)
     empty = random_batch(TINY, events=0, targets=0)
-    users_only = replace(
-        empty, user_ids=batch.user_ids, sparse=batch.sparse, dense=batch.dense
-    )
+    users_only = replace(empty, user_ids=batch.user_ids, sparse=batch.sparse, dense=batch.dense)
     torch.testing.assert_close(model.user_embeddings(users_only), model.user_embeddings(batch))
 
 
@@ -128,7 +128,9 @@ def test_a_user_without_aggregates_is_one_and_the_same_to_sum() -> None:
     model = make_sum().eval()
     batch = random_batch(TINY)
     nothing = {
-        k: Sparse(v.values[:0], torch.zeros_like(v.offsets), None if v.scores is None else v.scores[:0])
+        k: Sparse(
+            v.values[:0], torch.zeros_like(v.offsets), None if v.scores is None else v.scores[:0]
+        )
         for k, v in batch.sparse.items()
     }
     missing = replace(
