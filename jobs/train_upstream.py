@@ -70,12 +70,14 @@ class UpstreamDay:
         model: its name.
         preset: its configuration.
         day: labels and examples, at pinned versions.
+        parents: where the parent snapshot is, if not where the new one goes.
     """
 
     context: JobContext
     model: str
     preset: Preset
     day: LabelledDay
+    parents: Checkpoints | None = None
 
     @property
     def dataset(self) -> Dataset:
@@ -199,7 +201,7 @@ class UpstreamDay:
         if parent is None:
             learner = self.learner()
         else:
-            fresh = learner.load(checkpoints.load(parent.id))
+            fresh = learner.load((self.parents or checkpoints).load(parent.id))
         seed = seed_of("train", self.dataset.name, self.model, ds)
 
         def batches(epoch: int, skip: int) -> Any:
