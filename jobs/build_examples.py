@@ -14,6 +14,7 @@ item features of the hours that had closed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pyspark.sql import Column, DataFrame, Window
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from jobs.context import JobContext
 
 _TARGET = -1  # in place of a stream's index
+_MOST_NAMED = 1000  # users in a predicate
 
 
 def transform(
@@ -58,6 +60,7 @@ def transform(
     item_aggregates: DataFrame | None,
     dataset: Dataset,
     ds: str,
+    busy: Sequence[int | str] | None = None,
 ) -> DataFrame:
     """The examples of one day.
 
@@ -67,9 +70,11 @@ def transform(
         aggregates: the partition of the day before; empty on the first day.
         item_aggregates: partitions of the days that it reaches back and of `ds`; None where the
             dataset declares no item features.
+        busy: the users with more than `max_part_rows` events and targets on the day, the only ones
+            that are cut into parts; None: not known, which costs a sort of everybody's day.
     """
     targets = _targets(impressions, item_aggregates, dataset, ds)
-    rows = _timeline(_first_time(events, state, dataset), targets, dataset)
+    rows = _rows(_first_time(events, state, dataset), targets, dataset, busy)
     packed = _pack(rows, dataset).join(state, "user_id", "left")
     packed = packed.select("*", *_histories(dataset))
     history = [
@@ -129,13 +134,27 @@ def _targets(
     return impressions.select("user_id", "as_of", "target_id", F.struct(*values_).alias("target"))
 
 
-def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFrame:
-    """The day's events and targets in their users' timelines.
+def _rows(
+    events: DataFrame, targets: DataFrame, dataset: Dataset, busy: Sequence[int | str] | None
+) -> DataFrame:
+    """The day's events and targets in their users' timelines, and the `part` each is packed into.
 
-    Returns:
-        A row per event and target with its `position` in the user-day, the `part` that it is packed
-        into, and `seen__<stream>`: events of the day up to here, itself included. An event comes
-        once more (`carried`) for each later part whose base it belongs to.
+    An event comes once more (`carried`) for each later part whose base it belongs to.
+    """
+    if busy is None:
+        return _parts(_timeline(events, targets, dataset), dataset)
+    whole = F.lit(0).alias("part"), F.lit(False).alias("carried")
+    if not busy:
+        return _timeline(events, targets, dataset).select("*", *whole)
+    is_busy = F.col("user_id").isin(list(busy))
+    few = _timeline(events.where(~is_busy), targets.where(~is_busy), dataset).select("*", *whole)
+    many = _parts(_timeline(events.where(is_busy), targets.where(is_busy), dataset), dataset)
+    return few.unionByName(many.select(*few.columns))
+
+
+def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFrame:
+    """A row per event and target with its `position` in the user-day, and `seen__<stream>`: events
+    of the day up to here, itself included.
     """
     streams = dataset.streams
     index = F.coalesce(
@@ -166,8 +185,7 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
     # Targets sort before events of the same instant, since their stream is -1: `available_time < as_of`.
     timeline = Window.partitionBy("user_id").orderBy("at", "stream", "id")
     so_far = timeline.rowsBetween(Window.unboundedPreceding, Window.currentRow)
-    whole = timeline.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
-    rows = rows.select(
+    return rows.select(
         "*",
         (F.row_number().over(timeline) - 1).alias("position"),
         *(
@@ -177,26 +195,31 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
             .alias(f"seen__{s.name}")
             for i, s in enumerate(streams)
         ),
-        F.count(F.lit(1)).over(whole).alias("rows"),
     )
-    part, last_part = _part(F.col("position"), dataset), _part(F.col("rows") - 1, dataset)
-    rows = rows.select("*", part.alias("own_part"), last_part.alias("last_part"))
-    # An event is in the base of every later part that starts before `max_events` more of its stream.
+
+
+def _parts(rows: DataFrame, dataset: Dataset) -> DataFrame:
+    """Timelines cut into parts of `max_part_rows`.
+
+    An event is in the base of each later part that starts before `max_events` more of its stream:
+    the last of them holds the event that is `max_events` further on, or is the user's last.
+    """
+    streams = dataset.streams
     per_stream = Window.partitionBy("user_id", "stream").orderBy("position")
-    rows = rows.select(
-        "*",
-        *(
-            F.lead("own_part", s.max_events).over(per_stream).alias(f"until__{s.name}")
-            for s in streams
-        ),
-    )
-    until = F.coalesce(
+    rows = rows.withColumn("own_part", _part(F.col("position"), dataset))
+    last_part = F.max("own_part").over(Window.partitionBy("user_id")).alias("last_part")
+    until = [
+        F.lead("own_part", s.max_events).over(per_stream).alias(f"until__{s.name}") for s in streams
+    ]
+    rows = rows.select("*", last_part, *until)
+    last_use = F.coalesce(
         F.when(F.col("stream") == _TARGET, F.col("own_part")),
         *(F.when(F.col("stream") == i, F.col(f"until__{s.name}")) for i, s in enumerate(streams)),
         F.col("last_part"),
     )
-    rows = rows.select("*", F.explode(F.sequence(F.col("own_part"), until)).alias("part"))
-    return rows.withColumn("carried", F.col("part") > F.col("own_part"))
+    rows = rows.select("*", F.explode(F.sequence(F.col("own_part"), last_use)).alias("part"))
+    rows = rows.withColumn("carried", F.col("part") > F.col("own_part"))
+    return rows.drop("own_part", "last_part", *(f"until__{s.name}" for s in streams))
 
 
 def _part(position: Column, dataset: Dataset) -> Column:
@@ -289,6 +312,16 @@ def _with_user_features(rows: DataFrame, dataset: Dataset) -> DataFrame:
     return rows.withColumns(filled)
 
 
+def busy_users(
+    events: DataFrame, impressions: DataFrame, dataset: Dataset
+) -> list[int | str] | None:
+    """The users with more events and targets than one row holds; None if they are too many to name."""
+    users = events.select("user_id").unionByName(impressions.select("user_id"))
+    counts = users.groupBy("user_id").agg(F.count(F.lit(1)).alias("rows"))
+    busy = counts.where(F.col("rows") > dataset.max_part_rows).limit(_MOST_NAMED + 1).collect()
+    return None if len(busy) > _MOST_NAMED else [row["user_id"] for row in busy]
+
+
 def run(context: JobContext) -> None:
     """Build `examples` of the context's day.
 
@@ -310,14 +343,17 @@ def run(context: JobContext) -> None:
     if dataset.item_features is not None:
         context.lake.require("item_aggregates", [ds])
         items = item_features.load(context, ds, inputs)
+    events = read(context, "events", [ds], inputs)
+    impressions = read(context, "impressions", [ds], inputs)
     frame = transform(
-        events=read(context, "events", [ds], inputs),
-        impressions=read(context, "impressions", [ds], inputs),
+        events=events,
+        impressions=impressions,
         state=state,
         aggregates=aggregates,
         item_aggregates=items,
         dataset=dataset,
         ds=ds,
+        busy=busy_users(events, impressions, dataset),
     )
     publish(context, "examples", frame, inputs)
 

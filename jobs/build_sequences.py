@@ -147,7 +147,7 @@ def load_state(context: JobContext, day: str, inputs: dict[str, int]) -> DataFra
     days = day_range(max(bases), day) if bases else []
     if not days or any(d in known and known[d].spec_hash != context.dataset.hash for d in days):
         return None
-    return newest(read(context, "sequences", days, inputs), context.dataset)
+    return newest(read(context, "sequences", days, inputs))
 
 
 def load_events(context: JobContext, day: str, inputs: dict[str, int]) -> DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from feature_store.days import HOUR_US, day_range
@@ -125,13 +125,11 @@ def values(array: Column, name: str) -> Column:
     return F.transform(array, lambda element: element[name])
 
 
-def newest(sequences: DataFrame, dataset: Dataset) -> DataFrame:
-    """Each user's newest row among partitions of `sequences`: the state. Columns of the contract less `ds`."""
-    row = F.struct(
-        *[n for n in contract(dataset, "sequences").schema.names if n not in ("user_id", "ds")]
-    )
-    state = sequences.groupBy("user_id").agg(F.max_by(row, F.col("ds")).alias("row"))
-    return state.select("user_id", "row.*")
+def newest(sequences: DataFrame) -> DataFrame:
+    """Each user's newest row among partitions of `sequences`: the state."""
+    by_day = Window.partitionBy("user_id").orderBy(F.col("ds").desc())
+    ranked = sequences.withColumn("rank", F.row_number().over(by_day))
+    return ranked.where(F.col("rank") == 1).drop("rank", "ds")
 
 
 def days_from(lake: Lake, table: str, first: str, last: str) -> list[str]:
