@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -49,15 +50,19 @@ DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 @cache
 def code_version() -> str:
-    """`git describe` of the checkout, "-dirty" where it was changed; "unknown" outside of git."""
+    """`git describe` of the checkout, "-dirty" where it was changed.
+
+    An image holds no git history: there it is `HEADWATER_CODE_VERSION`, or "unknown".
+    """
+    fallback = os.environ.get("HEADWATER_CODE_VERSION") or "unknown"
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
             cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=30,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+        return fallback
+    return found.stdout.strip() or fallback
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,2 @@
+-- run once, on an empty volume; POSTGRES_DB has made "airflow"
+CREATE DATABASE mlflow;
