@@ -85,7 +85,9 @@ def _within(time: Column, span: tuple[int, int]) -> Column:
 def _scored(day: str) -> Column:
     from pyspark.sql import functions as F
 
-    return F.pmod(F.xxhash64(F.lit(f"scored {day}"), F.col("user_id")), F.lit(1000)) < SCORED_USER_DAYS
+    return (
+        F.pmod(F.xxhash64(F.lit(f"scored {day}"), F.col("user_id")), F.lit(1000)) < SCORED_USER_DAYS
+    )
 
 
 def _block(article: Column, ids: int) -> Column:
@@ -117,7 +119,9 @@ def clicks(sessions: DataFrame, span: tuple[int, int]) -> DataFrame:
         _exploded(sessions)
         .where(_within(click.time, span))
         .select(
-            F.xxhash64(F.lit("click"), "session_id", click.time, click.article_id).alias("event_id"),
+            F.xxhash64(F.lit("click"), "session_id", click.time, click.article_id).alias(
+                "event_id"
+            ),
             "user_id",
             click.time.alias("event_time"),
             click.article_id.alias("article_id"),
@@ -189,7 +193,7 @@ def positions(sessions: DataFrame, span: tuple[int, int], day: str) -> DataFrame
         .where((index >= 1) & _scored(day))
         .where(_within(before.time, span) & _within(click.time, span))
         .select(
-            F.xxhash64(F.lit("position"), "session_id", click.time, click.article_id).alias("target_id"),
+            F.xxhash64(F.lit("position"), "session_id", "index").alias("target_id"),
             F.lit("position").alias("target"),
             "user_id",
             as_of.alias("time"),
@@ -224,13 +228,19 @@ def candidates(sessions: DataFrame, span: tuple[int, int], day: str) -> DataFram
     day_clicks = _exploded(sessions).where(_within(click.time, span))
     keys = ("user_id", "session_id", "index")
     slim = day_clicks.select(
-        *keys, click.time.alias("time"), click.article_id.alias("article_id"), click.referrer.alias("pool")
+        *keys,
+        click.time.alias("time"),
+        click.article_id.alias("article_id"),
+        click.referrer.alias("pool"),
     )
 
     def ranked(clicks_of_pools: DataFrame, pool_clicks: int) -> DataFrame:
         """Each click's `rank` in its `pool` in order of time, and between which ranks it draws."""
         ordered = Window.partitionBy("pool").orderBy("time", "session_id", "index")
-        rank, size = F.row_number().over(ordered), F.count(F.lit(1)).over(Window.partitionBy("pool"))
+        rank, size = (
+            F.row_number().over(ordered),
+            F.count(F.lit(1)).over(Window.partitionBy("pool")),
+        )
         return clicks_of_pools.select("*", rank.alias("rank"), size.alias("size")).select(
             *(*keys, "time", "article_id", "pool", "rank"),
             F.greatest(F.col("rank") - pool_clicks, F.lit(1)).alias("lowest"),
@@ -241,11 +251,15 @@ def candidates(sessions: DataFrame, span: tuple[int, int], day: str) -> DataFram
     everybody = slim.withColumn("pool", F.lit(-1).cast("bigint"))
     pools = ranked(everybody, POOL_CLICKS).unionByName(ranked(slim, MATCHED_POOL_CLICKS))
     matched = F.col("pool") >= 0
-    random = F.xxhash64(F.lit("draw"), "session_id", "time", "article_id", matched.cast("int"), "draw")
+    random = F.xxhash64(
+        F.lit("draw"), "session_id", "time", "article_id", matched.cast("int"), "draw"
+    )
     draws = (
         pools.where(_scored(day))
         .select("*", F.explode(F.sequence(F.lit(1), F.lit(_DRAWS))).alias("draw"))
-        .withColumn("rank", F.col("lowest") + F.pmod(random, F.col("highest") - F.col("lowest") + 1))
+        .withColumn(
+            "rank", F.col("lowest") + F.pmod(random, F.col("highest") - F.col("lowest") + 1)
+        )
         .select(*keys, "pool", "draw", F.col("rank").cast("int").alias("rank"))
     )
     others = pools.select(
@@ -284,8 +298,12 @@ def candidates(sessions: DataFrame, span: tuple[int, int], day: str) -> DataFram
         .join(of_click, ["session_id", "index"], "left")
     )
     return (
-        scored.select(*keys, "click", first_four("any").alias("any"), first_four("matched").alias("matched"))
-        .select("*", F.explode(F.concat(F.array(own), F.array_union("any", "matched"))).alias("item_id"))
+        scored.select(
+            *keys, "click", first_four("any").alias("any"), first_four("matched").alias("matched")
+        )
+        .select(
+            "*", F.explode(F.concat(F.array(own), F.array_union("any", "matched"))).alias("item_id")
+        )
         .select(
             F.xxhash64(F.lit("candidate"), "session_id", click.time, own, item).alias("target_id"),
             F.lit("candidate").alias("target"),
