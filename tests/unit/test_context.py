@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -192,8 +194,6 @@ def test_an_unknown_job_is_refused_with_the_known_ones(capsys: pytest.CaptureFix
 
 
 def test_help_needs_no_heavy_import() -> None:
-    import subprocess
-
     code = (
         "import sys, jobs.context as c\n"
         "try: c.main(None, ['--help'])\n"
@@ -208,3 +208,17 @@ def test_help_needs_no_heavy_import() -> None:
         cwd=shell.REPOSITORY,
     )
     assert said.stdout.strip().endswith("[]")
+
+
+def test_the_code_version_is_the_commit_and_in_an_image_what_it_was_built_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe = ["git", "describe", "--always", "--dirty"]
+    told = subprocess.run(describe, cwd=shell.REPOSITORY, capture_output=True, text=True)
+    if told.returncode == 0:
+        assert shell.code_version.__wrapped__() == told.stdout.strip()
+    monkeypatch.setattr(shell, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert shell.code_version.__wrapped__() == "unknown"
+    monkeypatch.setenv("HEADWATER_CODE_VERSION", "v1.2")
+    assert shell.code_version.__wrapped__() == "v1.2"
