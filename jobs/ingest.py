@@ -16,6 +16,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
+from feature_store import quality
 from feature_store.days import day_of
 from feature_store.errors import DataError
 from feature_store.spec import Dataset
@@ -47,7 +48,14 @@ _REMEDIES = {
 }
 _TIMES = {Problem.FAR, Problem.OUTSIDE, Problem.ORDER}
 # error classes of Apache Spark, and what Sail says
-_UNREADABLE = ("PATH_NOT_FOUND", "FAILED_READ_FILE", "No such file", "corrupt", "invalid gzip", "incorrect header")
+_UNREADABLE = (
+    "PATH_NOT_FOUND",
+    "FAILED_READ_FILE",
+    "No such file",
+    "corrupt",
+    "invalid gzip",
+    "incorrect header",
+)
 
 
 def find_problem(counts: list[Row], dataset: Dataset, ds: str) -> str | None:
@@ -72,7 +80,8 @@ def find_problem(counts: list[Row], dataset: Dataset, ds: str) -> str | None:
 
 
 def _is_instant(value: str) -> bool:
-    return value.lstrip("-").isdigit() and abs(int(value)) < 2 * 10**17  # datetime ends in the year 9999
+    # datetime ends in the year 9999
+    return value.lstrip("-").isdigit() and abs(int(value)) < 2 * 10**17
 
 
 def summary(frames: Mapping[str, DataFrame]) -> DataFrame:
@@ -118,9 +127,7 @@ def transform(day: SourceDay, dataset: Dataset, ds: str) -> dict[str, DataFrame]
     Raises:
         DataError: a frame is missing, or has other columns than the spec.
     """
-    frames = {
-        "events": ingest_rows.events(day.events, dataset, ds, overlapping=day.overlapping)
-    }
+    frames = {"events": ingest_rows.events(day.events, dataset, ds, overlapping=day.overlapping)}
     if day.impressions is not None:
         frames["impressions"] = ingest_rows.impressions(
             day.impressions, dataset, ds, overlapping=day.overlapping
@@ -137,6 +144,7 @@ def run(context: JobContext) -> None:
     """Publish the context's day of `events` and `impressions`."""
     dataset, ds = context.dataset, context.ds
     module = sources.get(dataset.name)
+    quality.warm_up()  # imported while the source is read
     frames: dict[str, DataFrame] = {}
     try:
         day = _read(module, context)
@@ -162,7 +170,9 @@ def run(context: JobContext) -> None:
 def _read(module: ModuleType, context: JobContext) -> SourceDay:
     name = context.dataset.name
     if module.NEEDS_SOURCE and context.source is None:
-        raise DataError(f"SOURCE is missing: {name} reads files; name their folder (SOURCE=<dir>, or --source <dir>)")
+        raise DataError(
+            f"SOURCE is missing: {name} reads files; name their folder (SOURCE=<dir>, or --source <dir>)"
+        )
     source = None if context.source is None else str(context.source)
     return module.read(context.spark, source, context.ds, context.dataset)
 
@@ -192,7 +202,9 @@ def _publish(
         _publish_arrow(context, "truth", truth, {})
 
 
-def _publish_arrow(context: JobContext, table: str, rows: pa.Table, notes: dict[str, object]) -> None:
+def _publish_arrow(
+    context: JobContext, table: str, rows: pa.Table, notes: dict[str, object]
+) -> None:
     context.lake.publish_arrow(
         table, context.ds, rows, inputs={}, notes=notes, code_version=context.code_version
     )

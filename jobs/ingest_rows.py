@@ -70,7 +70,9 @@ class _Rows:
                     f"or declare it (known are {', '.join([*needed, *optional])})"
                 )
 
-    def problem(self, condition: Column, name: str, code: Problem, value: Column | None = None) -> None:
+    def problem(
+        self, condition: Column, name: str, code: Problem, value: Column | None = None
+    ) -> None:
         """`code` is wrong with column `name` where `condition`."""
         shown = F.col(name) if value is None else value
         text = F.substring(shown.cast("string"), 1, 80)
@@ -105,7 +107,8 @@ class _Rows:
             ):
                 wrong = wrong | (raw != value)
             if isinstance(given, T.StringType) and kind != "string":
-                wrong = wrong & (F.trim(raw) != "")  # an empty field of a CSV file is a missing value
+                # an empty field of a CSV file is a missing value
+                wrong = wrong & (F.trim(raw) != "")
             if given.simpleString() != kind:
                 self.problem(wrong, name, Problem.TYPE)
         self.columns[into or name] = value
@@ -127,9 +130,13 @@ class _Rows:
             self.problem(value < 0, attribute.name, Problem.NEGATIVE)
         elif attribute.kind is Kind.VECTOR:
             size = F.size(value)
-            self.problem(value.isNotNull() & (size != attribute.dim), attribute.name, Problem.LENGTH, size)
+            self.problem(
+                value.isNotNull() & (size != attribute.dim), attribute.name, Problem.LENGTH, size
+            )
 
-    def take_time(self, name: str, span: tuple[int, int], *, default: Column | None = None) -> Column:
+    def take_time(
+        self, name: str, span: tuple[int, int], *, default: Column | None = None
+    ) -> Column:
         """UTC microseconds; another unit near the day `span` is recognised. Null: `default`."""
         if default is not None and name not in self.types:
             self.columns[name] = default
@@ -166,7 +173,9 @@ def _marked(frame: DataFrame, key: str, order: Sequence[str], names: Sequence[st
     return frame.withColumn("copy", F.row_number().over(window) > 1).select(*names, *MARKS)
 
 
-def events(frames: dict[str, DataFrame], dataset: Dataset, ds: str, *, overlapping: bool) -> DataFrame:
+def events(
+    frames: dict[str, DataFrame], dataset: Dataset, ds: str, *, overlapping: bool
+) -> DataFrame:
     """All streams' events, typed and marked.
 
     Raises:
@@ -175,17 +184,25 @@ def events(frames: dict[str, DataFrame], dataset: Dataset, ds: str, *, overlappi
     known = [s.name for s in dataset.streams]
     for name in frames:
         if name not in known:
-            raise DataError(f"the source gives events of {name!r}: the spec's streams are {', '.join(known)}; declare it")
+            raise DataError(
+                f"the source gives events of {name!r}: the spec's streams are {', '.join(known)}; "
+                "declare it, or drop it"
+            )
     for name in known:
         if name not in frames:
-            raise DataError(f"the source gives no frame of stream {name!r}: give it one, an empty one on a day without events")
+            raise DataError(
+                f"the source gives no frame of stream {name!r}: give it one, an empty one on a day "
+                "without events"
+            )
     typed = [_stream(frames[s.name], s, dataset, ds, overlapping) for s in dataset.streams]
     every = reduce(DataFrame.unionByName, typed)
     names = [n for n in contract(dataset, "events").schema.names if n != "ds"]
     return _marked(every, "event_id", ("available_time", "event_time"), names)
 
 
-def _stream(frame: DataFrame, stream: EventStream, dataset: Dataset, ds: str, overlapping: bool) -> DataFrame:
+def _stream(
+    frame: DataFrame, stream: EventStream, dataset: Dataset, ds: str, overlapping: bool
+) -> DataFrame:
     rows = _Rows(frame, stream.name)
     own = [] if stream.id_from else ["event_id"]
     rows.require(

@@ -1,7 +1,7 @@
 """A simulated ads world: two surfaces, ads that are born and die, people whose interests drift.
 
 Made up, and called simulated wherever its results appear. docs/simulated.md has the formulas;
-`jobs/sources/simulated.py` draws it.
+`jobs/sources/simulated_world.py` draws it.
 """
 
 from __future__ import annotations
@@ -74,26 +74,99 @@ DATASET = Dataset(
     ),
     user_attributes=(UserAttribute(name="country", stream="ad_impressions", attribute="country"),),
     sparse_features=(
-        SparseFeature(name="liked_categories_1d", stream="page_likes", attribute="category", window_days=1, max_ids=16, scored=True),
-        SparseFeature(name="liked_categories_7d", stream="page_likes", attribute="category", window_days=7, max_ids=16, scored=True),
-        SparseFeature(name="liked_pages_7d", stream="page_likes", attribute="page", window_days=7, max_ids=32),
-        SparseFeature(name="clicked_categories_7d", stream="ad_clicks", attribute="category", window_days=7, max_ids=16, scored=True),
-        SparseFeature(name="clicked_ads_3d", stream="ad_clicks", attribute="ad", window_days=3, max_ids=16),
-        SparseFeature(name="seen_advertisers_1d", stream="ad_impressions", attribute="advertiser", window_days=1, max_ids=16, scored=True),
-        SparseFeature(name="bought_advertisers_7d", stream="purchases", attribute="advertiser", window_days=7, max_ids=8, scored=True),
+        SparseFeature(
+            name="liked_categories_1d",
+            stream="page_likes",
+            attribute="category",
+            window_days=1,
+            max_ids=16,
+            scored=True,
+        ),
+        SparseFeature(
+            name="liked_categories_7d",
+            stream="page_likes",
+            attribute="category",
+            window_days=7,
+            max_ids=16,
+            scored=True,
+        ),
+        SparseFeature(
+            name="liked_pages_7d", stream="page_likes", attribute="page", window_days=7, max_ids=32
+        ),
+        SparseFeature(
+            name="clicked_categories_7d",
+            stream="ad_clicks",
+            attribute="category",
+            window_days=7,
+            max_ids=16,
+            scored=True,
+        ),
+        SparseFeature(
+            name="clicked_ads_3d", stream="ad_clicks", attribute="ad", window_days=3, max_ids=16
+        ),
+        SparseFeature(
+            name="seen_advertisers_1d",
+            stream="ad_impressions",
+            attribute="advertiser",
+            window_days=1,
+            max_ids=16,
+            scored=True,
+        ),
+        SparseFeature(
+            name="bought_advertisers_7d",
+            stream="purchases",
+            attribute="advertiser",
+            window_days=7,
+            max_ids=8,
+            scored=True,
+        ),
     ),
     dense_features=(
-        DenseFeature(name="likes_1d", stream="page_likes", aggregate=Aggregate.COUNT, window_days=1),
-        DenseFeature(name="likes_7d", stream="page_likes", aggregate=Aggregate.COUNT, window_days=7),
-        DenseFeature(name="impressions_7d", stream="ad_impressions", aggregate=Aggregate.COUNT, window_days=7),
-        DenseFeature(name="clicks_1d", stream="ad_clicks", aggregate=Aggregate.COUNT, window_days=1),
-        DenseFeature(name="clicks_7d", stream="ad_clicks", aggregate=Aggregate.COUNT, window_days=7),
-        DenseFeature(name="ctr_7d", stream="ad_clicks", aggregate=Aggregate.RATE, window_days=7, per="ad_impressions"),
-        DenseFeature(name="purchases_7d", stream="purchases", aggregate=Aggregate.COUNT, window_days=7),
-        DenseFeature(name="spent_7d", stream="purchases", aggregate=Aggregate.SUM, window_days=7, attribute="price"),
-        DenseFeature(name="purchase_rate_7d", stream="purchases", aggregate=Aggregate.RATE, window_days=7, per="ad_clicks"),
-        DenseFeature(name="hours_since_like", stream="page_likes", aggregate=Aggregate.RECENCY, window_days=7),
-        DenseFeature(name="hours_since_click", stream="ad_clicks", aggregate=Aggregate.RECENCY, window_days=7),
+        DenseFeature(
+            name="likes_1d", stream="page_likes", aggregate=Aggregate.COUNT, window_days=1
+        ),
+        DenseFeature(
+            name="likes_7d", stream="page_likes", aggregate=Aggregate.COUNT, window_days=7
+        ),
+        DenseFeature(
+            name="impressions_7d", stream="ad_impressions", aggregate=Aggregate.COUNT, window_days=7
+        ),
+        DenseFeature(
+            name="clicks_1d", stream="ad_clicks", aggregate=Aggregate.COUNT, window_days=1
+        ),
+        DenseFeature(
+            name="clicks_7d", stream="ad_clicks", aggregate=Aggregate.COUNT, window_days=7
+        ),
+        DenseFeature(
+            name="ctr_7d",
+            stream="ad_clicks",
+            aggregate=Aggregate.RATE,
+            window_days=7,
+            per="ad_impressions",
+        ),
+        DenseFeature(
+            name="purchases_7d", stream="purchases", aggregate=Aggregate.COUNT, window_days=7
+        ),
+        DenseFeature(
+            name="spent_7d",
+            stream="purchases",
+            aggregate=Aggregate.SUM,
+            window_days=7,
+            attribute="price",
+        ),
+        DenseFeature(
+            name="purchase_rate_7d",
+            stream="purchases",
+            aggregate=Aggregate.RATE,
+            window_days=7,
+            per="ad_clicks",
+        ),
+        DenseFeature(
+            name="hours_since_like", stream="page_likes", aggregate=Aggregate.RECENCY, window_days=7
+        ),
+        DenseFeature(
+            name="hours_since_click", stream="ad_clicks", aggregate=Aggregate.RECENCY, window_days=7
+        ),
     ),
     item_features=ItemFeatures(
         streams=(("ad_impressions", "ad"), ("ad_clicks", "ad")), windows_hours=(6, 24)

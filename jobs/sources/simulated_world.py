@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
 from feature_store.days import DAY_US, HOUR_US, SECOND_US
 from feature_store.errors import DataError
-
-Array = np.ndarray
+from jobs.sources.simulated_draws import Array, draw, identifier, normal, sigmoid, uniform
 
 CATEGORIES = 16  # 2j and 2j + 1 are rivals
 ADVERTISERS = 96  # advertiser a sells category a % CATEGORIES
@@ -34,50 +31,6 @@ AD_LIFE_DAYS = 10
 MEMORY_DAYS = 7  # then a like is forgotten
 CALM_HOURS = 96.0  # the heat of a like falls by e in this time
 FEED, STORIES = 0, 1
-
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-
-
-@cache
-def _name(what: str) -> int:
-    return int.from_bytes(blake2b(what.encode(), digest_size=8).digest(), "little")
-
-
-def draw(seed: int, what: str, *keys: Array | int) -> Array:
-    """Uniform uint64 of each combination of `keys`, which broadcast: splitmix64, chained over the keys."""
-    state = np.uint64(seed % 2**64)
-    with np.errstate(over="ignore"):
-        for key in (_name(what), *keys):
-            if isinstance(key, np.ndarray):
-                key = key.astype(np.uint64)
-            else:
-                key = np.uint64(key % 2**64)
-            x = np.asarray(state + (key + np.uint64(1)) * _MULTIPLIER)
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = x ^ (x >> np.uint64(31))
-    return state
-
-
-def uniform(seed: int, what: str, *keys: Array | int) -> Array:
-    """Float64 in (0, 1) of each combination of `keys`."""
-    return ((draw(seed, what, *keys) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-
-
-def normal(seed: int, what: str, *keys: Array | int) -> Array:
-    """Standard normal float64 (Box and Muller) of each combination of `keys`."""
-    radius = np.sqrt(-2.0 * np.log(uniform(seed, what + "/r", *keys)))
-    return radius * np.cos(2.0 * np.pi * uniform(seed, what + "/a", *keys))
-
-
-def identifier(seed: int, what: str, *keys: Array | int) -> Array:
-    """A non-negative int64 id that tells nothing about its keys."""
-    return (draw(seed, what, *keys) >> np.uint64(1)).astype(np.int64)
-
-
-def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x))."""
-    return 1.0 / (1.0 + np.exp(-x))
 
 
 class Sessions(NamedTuple):
@@ -152,7 +105,9 @@ class World:
                                 ("late_share", 0, 0.5), ("duplicate_share", 0, 0.5)):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:
-                raise DataError(f"SOURCE: {name} is {value}: give the simulated world {low} to {high}")
+                raise DataError(
+                    f"SOURCE: {name} is {value}: give the simulated world {low} to {high}"
+                )
 
     @classmethod
     def parse(cls, source: str | None) -> World:
@@ -234,7 +189,8 @@ class World:
         gaps = 5.0 - 50.0 * np.log(uniform(self.seed, "gap", *keys))
         time = sessions.start[:, None] + (np.cumsum(gaps, axis=1) * SECOND_US).astype(np.int64)
         like = uniform(self.seed, "like", *keys) < 0.11
-        row, column = np.nonzero((slot < length[:, None]) & (time < (day + 1) * DAY_US - 60 * SECOND_US))
+        before_midnight = time < (day + 1) * DAY_US - 60 * SECOND_US
+        row, column = np.nonzero((slot < length[:, None]) & before_midnight)
         return row, column, time[row, column], like[row, column]
 
     def likes(self, day: int, sessions: Sessions) -> Likes:
@@ -246,13 +202,14 @@ class World:
         row, slot, time, like = self._actions(day, sessions)
         row, slot, time = row[like], slot[like], time[like]
         user, keys = sessions.user[row], (sessions.user[row], day, sessions.number[row], slot)
-        intent = self._choose(sessions.interests, "intent", sessions.user, day, sessions.number)[row]
+        intent = self._choose(sessions.interests, "intent", sessions.user, day, sessions.number)
         anything = self._choose(sessions.interests[row], "any", *keys)
-        settled = np.where(uniform(self.seed, "liked", *keys) < 0.5, intent, anything)
+        settled = np.where(uniform(self.seed, "liked", *keys) < 0.5, intent[row], anything)
         compared = uniform(self.seed, "compare", *keys) < 0.6
         category = np.concatenate([settled, settled[compared] ^ 1])
         which = uniform(self.seed, "page", *keys)
-        rank = (np.concatenate([which, 1 - which[compared]]) ** 2 * (PAGES // CATEGORIES)).astype(np.int64)
+        which = np.concatenate([which, 1 - which[compared]])
+        rank = (which**2 * (PAGES // CATEGORIES)).astype(np.int64)
         return Likes(
             np.concatenate([user, user[compared]]),
             np.concatenate([time, time[compared] - 3 * SECOND_US]),
@@ -271,10 +228,10 @@ class World:
         # the first of every day, one of each category, run their full time: no category is ever empty
         runs = (age < life) | (number < CATEGORIES)
         born, number, age = born[runs], number[runs], age[runs]
-        advertiser = (draw(self.seed, "advertiser", born, number) % np.uint64(ADVERTISERS)).astype(np.int64)
-        advertiser = np.where(
-            number < CATEGORIES, advertiser - advertiser % CATEGORIES + number, advertiser
-        )
+        drawn = draw(self.seed, "advertiser", born, number)
+        advertiser = (drawn % np.uint64(ADVERTISERS)).astype(np.int64)
+        of_category = advertiser - advertiser % CATEGORIES + number
+        advertiser = np.where(number < CATEGORIES, of_category, advertiser)
         order = np.lexsort((number, born, advertiser % CATEGORIES))
         born, number, age, advertiser = born[order], number[order], age[order], advertiser[order]
         quality = (
@@ -298,7 +255,8 @@ class World:
         for attempt in range(3):
             at = low + (high - low) * uniform(self.seed, "ad", *keys, attempt)
             row = np.searchsorted(ads.weight_end, at, side="right") - 1
-            turn = (draw(self.seed, "turn", user, ads.ad[row]) + np.uint64(day % 2)) % np.uint64(2) == 0
+            parity = draw(self.seed, "turn", user, ads.ad[row]) % np.uint64(2)
+            turn = parity == np.uint64(day % 2)
             chosen = np.where((chosen < 0) & turn, row, chosen)
         return chosen
 
@@ -348,7 +306,8 @@ class World:
         p_click, p_buy = sigmoid(logit), sigmoid(buy)
         clicked = uniform(self.seed, "click", *keys) < p_click
         bought = clicked & (uniform(self.seed, "buy", *keys) < p_buy)
-        click_time = time + ((1 + 15 * uniform(self.seed, "dwell", *keys)) * SECOND_US).astype(np.int64)
+        dwell = 1 + 15 * uniform(self.seed, "dwell", *keys)
+        click_time = time + (dwell * SECOND_US).astype(np.int64)
         # exponential of mean 3 h, cut at 23 h: nobody buys later than a day after the impression
         cut = 1 - np.exp(-23.0 / 3.0)
         hours = -3.0 * np.log1p(-cut * uniform(self.seed, "thinks", *keys))
