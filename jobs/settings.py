@@ -88,6 +88,10 @@ class Settings:
         """Checkpoint of `model` after training on `ds`."""
         return self.home / "models" / dataset / model / ds
 
+    def downstream_dir(self, dataset: str, task: str) -> Path:
+        """What the downstream models of `task` predicted and how they scored, a folder for each day."""
+        return self.home / "downstream" / dataset / task
+
     def report_dir(self, dataset: str) -> Path:
         """`index.html` and `report.json`."""
         return self.home / "report" / dataset

@@ -20,6 +20,7 @@ def test_everything_a_run_writes_lies_under_home() -> None:
         settings.airflow_home,
         settings.spark_dir,
         settings.snapshot_dir("d", "sum", "2024-05-01"),
+        settings.downstream_dir("d", "click"),
         settings.report_dir("d"),
         settings.quality_dir("d"),
     ]
