@@ -19,6 +19,7 @@ from models.numbers import Standardise
 from models.tables import Lookup
 
 _GAP_BUCKETS = 32
+_INIT_SCALE = 0.1
 _NO_GAP = _GAP_BUCKETS  # the first event of its row
 
 
@@ -50,6 +51,9 @@ class EventEncoder(nn.Module):
         self.stream = nn.Embedding(len(plan.streams), width)
         self.phase = nn.Linear(PHASES, width)
         self.gap = nn.Embedding(_GAP_BUCKETS + 1, width)
+        for table in (self.stream, self.gap):
+            # at the usual unit size they would drown the attributes until those have grown
+            nn.init.normal_(table.weight, std=_INIT_SCALE)
         self.norm = nn.LayerNorm(width)
 
     def lookups(self, batch: Batch) -> list[Lookup]:

@@ -57,6 +57,7 @@ class TargetEncoder(nn.Module):
         super().__init__()
         self.plan = plan
         self.kind = nn.Embedding(len(plan.target_kinds), dim)
+        nn.init.normal_(self.kind.weight, std=0.1)
         numbers = len(plan.context_numbers) + len(plan.item_numbers)
         self.standardise = Standardise(numbers)
         self.dense = mlp(numbers + PHASES, hidden, dim)
