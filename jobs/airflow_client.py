@@ -123,9 +123,9 @@ class AirflowClient:
 
     def set_pool(self, name: str, slots: int, description: str) -> None:
         """Create or resize a pool."""
-        body = {"name": name, "slots": slots, "description": description, "include_deferred": False}
+        body = {"slots": slots, "description": description, "include_deferred": False}
         try:
-            self.request("POST", "/pools", json=body)
+            self.request("POST", "/pools", json=body | {"name": name})
         except AirflowError as error:
             if error.status != 409:
                 raise

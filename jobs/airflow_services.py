@@ -120,22 +120,25 @@ class AirflowServices:
             raise ServiceError(f"airflow db migrate exited with {code}: see {self._log_path('migrate')}")
         marker.write_text(current)
 
-    def forget_waiting(self, dag_ids: Iterable[str]) -> None:
-        """Drop half-filled waits (one of two inputs was there) of `dag_ids`; the services must be down.
+    def settle(self, dag_ids: Iterable[str] = ()) -> None:
+        """Clear up in the database what dead services left; the services must be down.
 
-        They outlive what they were about: a day that is built again would start on the input of the
-        time before. A run announces again whatever is done and still waited for.
+        A dead scheduler is marked so, and the next one starts its interrupted tasks again at once
+        (to notice by itself it needs a short timeout, and then takes a busy machine for a dead one).
+        Half-filled waits (one of two inputs was there) of `dag_ids` are dropped, as they outlive what
+        they were about: a day that is built again would start on the input of the time before. A
+        run announces again whatever is done and still waited for.
         """
         ids = list(dag_ids)
         marks = ",".join("?" * len(ids))
+        waiting = (
+            "SELECT id FROM asset_partition_dag_run "
+            f"WHERE created_dag_run_id IS NULL AND target_dag_id IN ({marks})"
+        )
+        keys = f"DELETE FROM partitioned_asset_key_log WHERE asset_partition_dag_run_id IN ({waiting})"
         with contextlib.closing(sqlite3.connect(self._database)) as database, database:
-            waiting = (
-                "SELECT id FROM asset_partition_dag_run "
-                f"WHERE created_dag_run_id IS NULL AND target_dag_id IN ({marks})"
-            )
-            database.execute(
-                f"DELETE FROM partitioned_asset_key_log WHERE asset_partition_dag_run_id IN ({waiting})", ids
-            )
+            database.execute("UPDATE job SET state = 'failed' WHERE state = 'running'")
+            database.execute(keys, ids)
             database.execute(f"DELETE FROM asset_partition_dag_run WHERE id IN ({waiting})", ids)
 
     def start_api(self) -> AirflowClient:
@@ -174,7 +177,8 @@ class AirflowServices:
 
     def start_scheduler(self) -> None:
         """Start what starts tasks."""
-        self._spawn("scheduler", "scheduler")
+        # It would serve task logs on every interface; the api-server reads them from the folder.
+        self._spawn("scheduler", "scheduler", "--skip-serve-logs")
 
     def check(self) -> None:
         """Raise ServiceError if a service has ended."""
@@ -185,24 +189,18 @@ class AirflowServices:
                     f"airflow {name} ended with {code}: see {self._log_path(name)}; start again to go on"
                 )
 
-    def stop(self, *, gently: bool = True) -> None:
-        """End the services and their tasks. Not gently: at once, so that tasks count as interrupted.
+    def stop(self) -> None:
+        """End the services and their tasks at once.
 
         A task that is told to end reports itself failed; one that vanishes is started again by the
-        next scheduler without using up a retry.
+        next scheduler without using up a retry. The database is made for that.
         """
         if self._lock is None:
             return
-        if gently:
-            for process in self._processes.values():
-                process.terminate()
-            deadline = time.monotonic() + STOP_SECONDS
-            for process in self._processes.values():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=max(0.1, deadline - time.monotonic()))
-        end_processes(self.home)
         for process in self._processes.values():
+            process.kill()
             process.wait()
+        end_processes(self.home)
         self._processes.clear()
         (self.home / "services.json").unlink(missing_ok=True)
         shutil.rmtree(self.home / "tmp", ignore_errors=True)
@@ -236,15 +234,12 @@ class AirflowServices:
             "API__WORKERS": "1",
             "LOGGING__BASE_LOG_FOLDER": str(self.logs),
             "LOGGING__DAG_PROCESSOR_CHILD_PROCESS_LOG_DIRECTORY": str(self.logs / "dag_processor"),
-            "LOGGING__WORKER_LOG_SERVER_PORT": str(_free_port()),
             "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "30",
             "DAG_PROCESSOR__REFRESH_INTERVAL": "30",
             "DAG_PROCESSOR__PARSING_PROCESSES": "1",
             "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
-            # A task whose machine was killed runs again at once, not after 5 minutes.
-            "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "12",
-            "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "10",
-            "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
+            # A busy machine is not a dead scheduler: it would start its running tasks a second time.
+            "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "300",
             "USAGE_DATA_COLLECTION__ENABLED": "False",
         }
         path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
@@ -253,6 +248,7 @@ class AirflowServices:
             **{f"AIRFLOW__{k}": v for k, v in settings.items()},
             "AIRFLOW_HOME": str(self.home),
             _MARK: str(self.home),
+            "SPT_NOENV": "1",  # a process that sets its title would overwrite its environment, and the mark
             "PYTHONPATH": path,
             "TMPDIR": str(scratch),
             **self.environment,

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         if not settings.spark_remote:
             spark.start(settings)
         services.migrate()
-        services.forget_waiting(plan.dag_ids)
+        services.settle(plan.dag_ids)
         client = services.start_api()
         client.set_pool(DEVICES_POOL, device_slots(), "one slot per device: training and inference tasks")
         services.wait_parsed(client, plan.dag_ids)
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             _again_file(settings, dataset).unlink(missing_ok=True)
     finally:
         with _undisturbed():
-            services.stop(gently=ok)
+            services.stop()
             if not settings.spark_remote and not ok:
                 spark.stop(settings)
     print(f"{len(days)} days in {time.monotonic() - started:.0f} s", flush=True)
@@ -120,8 +120,6 @@ def run(args: argparse.Namespace) -> int:
     if ok:
         command = [sys.executable, "-m", "jobs", "report", "--dataset", dataset.name, "--ds", days[-1]]
         code = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
-        if code == 0:
-            print(f"report: {settings.report_dir(dataset.name) / 'index.html'}", flush=True)
     if not settings.spark_remote:
         spark.stop(settings)
     return code

@@ -70,14 +70,16 @@ def timetable(dataset: Dataset, stage: Stage) -> CronPartitionTimetable | Partit
 def build(dataset: Dataset, stage: Stage, doc_md: str | None) -> DAG:
     """The DAG of `stage`. Its assets are emitted by its last task, when every step is done."""
     by_clock = not stage.waits
+    first_day = pendulum.parse(dataset.first_day)
     with DAG(
         dag_id=stage.dag_id,
         description=f"{stage.name} of {dataset.name}{' (simulated data)' if dataset.simulated else ''}",
         schedule=timetable(dataset, stage),
-        start_date=pendulum.parse(dataset.first_day),
+        start_date=first_day,
+        # The clock starts no run after the end date; backfills and people do not mind it.
+        end_date=first_day if by_clock and not _SCHEDULED else None,
         catchup=False,
         max_active_runs=MAX_INGESTS if by_clock else 1,
-        allowed_run_types=["backfill", "manual"] if by_clock and not _SCHEDULED else None,
         default_args={"retries": RETRIES, "retry_delay": RETRY_DELAY},
         tags=[dataset.name, stage.name.split("_")[0]],
         doc_md=doc_md,
