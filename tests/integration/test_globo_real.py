@@ -59,7 +59,7 @@ def test_one_click_in_five_candidates(day: dict[str, pd.DataFrame]) -> None:
 
 
 @pytest.mark.parametrize("task", ["click", "click_matched", "continue"])
-def test_the_context_alone_does_not_give_the_answer_away(
+def test_the_moment_alone_does_not_give_the_answer_away(
     day: dict[str, pd.DataFrame], task: str
 ) -> None:
     from sklearn.ensemble import HistGradientBoostingClassifier
@@ -69,15 +69,14 @@ def test_the_context_alone_does_not_give_the_answer_away(
     scored = scored[scored[task].notna()].assign(
         gap=lambda x: x.time - x.as_of, second=lambda x: x.as_of // 1_000_000 % 60
     )
-    features = ["item_id", "gap", "second"]
-    features += [c.name for c in DATASET.context_features]
+    features = ["gap", "second", "device", "os", "region", "hour", "position"]
     held_out = scored.user_id % 3 == 0
     model = HistGradientBoostingClassifier(max_iter=40, random_state=0)
     model.fit(scored.loc[~held_out, features], scored.loc[~held_out, task])
     answer = model.predict_proba(scored.loc[held_out, features])[:, 1]
     auc = roc_auc_score(scored.loc[held_out, task], answer)
     # position in the session is the one honest hint, and only about its going on
-    assert auc < (0.65 if task == "continue" else 0.58)
+    assert auc < (0.65 if task == "continue" else 0.52)
 
 
 def test_both_engines_give_the_same_day(
@@ -86,7 +85,5 @@ def test_both_engines_give_the_same_day(
     read = globo.read(spark_of("spark"), os.environ["HEADWATER_GLOBO"], DAY, DATASET)
     for name, frame in {**read.events, "impressions": read.impressions}.items():
         key = "target_id" if name == "impressions" else "event_id"
-        ours, theirs = (
-            x.sort_values(key, ignore_index=True) for x in (day[name], _pandas(frame))
-        )
+        ours, theirs = (x.sort_values(key, ignore_index=True) for x in (day[name], _pandas(frame)))
         assert ours.equals(theirs), name
