@@ -86,10 +86,9 @@ def asked(targets: DataFrame, item_aggregates: DataFrame, dataset: Dataset, ds: 
     first_hour = start_us(ds, dataset.utc_offset) // HOUR_US - max(windows)
     recent = item_aggregates.where(F.col("hour") >= first_hour)
     hours = recent.groupBy("hour").agg(*(F.sum(c).alias(c) for c in counts))
-    every_hour = F.sequence(F.lit(first_hour), F.lit(first_hour + max(windows) + 25))
-    calendar = item_aggregates.sparkSession.range(1).select(
-        F.explode(every_hour).cast("bigint").alias("hour")
-    )
+    last_hour = first_hour + max(windows) + 25
+    every_hour = F.sequence(F.lit(first_hour), F.lit(last_hour)).cast("array<bigint>")
+    calendar = item_aggregates.sparkSession.range(1).select(F.explode(every_hour).alias("hour"))
     over_hours = Window.partitionBy(F.lit(0)).orderBy("hour")
     totals = calendar.join(hours, "hour", "left").select(
         "hour",
