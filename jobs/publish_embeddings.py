@@ -56,7 +56,9 @@ def run(context: JobContext) -> None:
     published = lake.partitions("user_embeddings", model)
     before_days = [shift(ds, -i) for i in range(1, POOLED_DAYS)]
     before = [read_embeddings(lake, model, d, "raw") for d in before_days if d in published]
-    notes = statistics(context, ids, raw, before[0] if before and before[0].ds == before_days[0] else None)
+    notes = statistics(
+        context, ids, raw, before[0] if before and before[0].ds == before_days[0] else None
+    )
     notes["snapshot"] = champion.id
     inputs = dict(users.inputs)
     for day in before:

@@ -57,7 +57,9 @@ def reproduce(settings: Settings, run_id: str, *, dataset: object | None = None)
     except MlflowException:
         raise DataError(f"run is {run_id!r}: {settings.mlflow_uri} has none of that id") from None
     if "snapshot" not in tags:
-        raise DataError(f"run is {run_id!r}: it trained no upstream model; name a run of <dataset>/upstream/<model>")
+        raise DataError(
+            f"run is {run_id!r}: it trained no upstream model; name a run of <dataset>/upstream/<model>"
+        )
     spec = dataset or datasets.get(tags["dataset"])
     root = settings.snapshot_dir(spec.name, tags["model"], tags["ds"]).parent
     recorded = Checkpoints(root).get(tags["snapshot"])
@@ -90,7 +92,9 @@ def _scratch(settings: Settings) -> Path:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.reproduce", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.reproduce", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("run", help="id of an MLflow run of an upstream model")
     try:
         result = reproduce(Settings.from_env(), parser.parse_args().run)

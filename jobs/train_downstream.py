@@ -58,7 +58,9 @@ def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str) -> Days:
 
     test = shift(ds, -task.matures_after)
     training = [shift(test, -i) for i in range(TRAIN_DAYS, 0, -1)]
-    return Days(test=test if usable(test) else None, training=tuple(d for d in training if usable(d)))
+    return Days(
+        test=test if usable(test) else None, training=tuple(d for d in training if usable(d))
+    )
 
 
 def folder(context: JobContext, task: Task) -> Path:
@@ -104,7 +106,9 @@ def compare(context: JobContext, task: Task, days: Days) -> dict[str, Any] | Non
     dataset = context.dataset
     inputs: dict[str, int] = {}
     snapshots: dict[str, dict[str, str]] = {}
-    training, train_share = _load(context, task, days.training, config, inputs, snapshots, test=False)
+    training, train_share = _load(
+        context, task, days.training, config, inputs, snapshots, test=False
+    )
     test, test_share = _load(context, task, (days.test,), config, inputs, snapshots, test=True)
     if not training or not test:
         return None
@@ -256,7 +260,9 @@ def _log(
         ]
         if rows:
             reference = result["arms"][result["reference"]]["title"]
-            run.figure(plots.ne_differences(rows, title=title, reference=reference), "ne_difference.png")
+            run.figure(
+                plots.ne_differences(rows, title=title, reference=reference), "ne_difference.png"
+            )
         curves = {n: (s.label, s.prediction) for n, s in scored.items() if n in _CURVES}
         run.figure(plots.calibration(curves, title=title), "calibration.png")
 

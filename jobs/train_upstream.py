@@ -57,7 +57,11 @@ def summary(result: dict[str, Any]) -> str:
     trained = result["training"]
     parts.append(f"{trained['targets']} targets in {trained['seconds']:.1f} s")
     gate = result["gate"]
-    parts.append("champion " + result["champion"] + ("" if gate["accepted"] else f" (rejected: {gate['reason']})"))
+    parts.append(
+        "champion "
+        + result["champion"]
+        + ("" if gate["accepted"] else f" (rejected: {gate['reason']})")
+    )
     return ", ".join(parts)
 
 
@@ -161,7 +165,9 @@ class UpstreamDay:
                 continue
             learner.load(self.checkpoints.load(live.id))
             limits = self.preset.training.inference
-            scored = score(self.dataset, learner, self._rows("all", (shown,), limits=limits), limits)
+            scored = score(
+                self.dataset, learner, self._rows("all", (shown,), limits=limits), limits
+            )
             metrics = task_metrics(self.dataset, scored, live.base_rates())
             for name in shown.labels.tasks:
                 if name in metrics:
@@ -246,7 +252,8 @@ class UpstreamDay:
     def _say(self, done: Progress) -> None:
         rate = done.targets / max(done.seconds, 1e-9)
         print(
-            f"{self.model} {self.context.ds}: {done.targets:,} targets, {rate:,.0f} a second", flush=True
+            f"{self.model} {self.context.ds}: {done.targets:,} targets, {rate:,.0f} a second",
+            flush=True,
         )
 
     # ---- gate

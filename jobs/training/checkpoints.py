@@ -90,7 +90,9 @@ class Checkpoints:
         """
         for found in self.root.glob(f"*/{snapshot}/{SNAPSHOT}"):
             return found.parent
-        raise DataError(f"snapshot is {snapshot!r}: {self.root} has none of that id; train its day again")
+        raise DataError(
+            f"snapshot is {snapshot!r}: {self.root} has none of that id; train its day again"
+        )
 
     def get(self, snapshot: str) -> Snapshot:
         """What is known about the snapshot with this id."""
@@ -229,7 +231,9 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(
+            tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
     return digest.hexdigest()[:16]
 
 

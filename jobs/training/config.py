@@ -84,10 +84,6 @@ def _value(hint: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType) and value is not None:
         return _value(next(a for a in arguments if a is not type(None)), value)
     if origin is tuple:
-        inner = arguments[0] if len(arguments) == 2 and arguments[1] is Ellipsis else None
-        return tuple(_value(inner or a, v) for a, v in zip(_repeat(arguments, value), value))
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_value(kind, v) for kind, v in zip(kinds, value, strict=True))
     return value
-
-
-def _repeat(arguments: tuple[Any, ...], values: typing.Sequence[Any]) -> list[Any]:
-    return [arguments[0]] * len(values) if arguments[-1] is Ellipsis else list(arguments)

@@ -215,7 +215,9 @@ class Comparison:
             wide = np.full(tuple(item.batch.labels.shape), np.nan, np.float32)
             wide[:, self.index] = torch.sigmoid(logits).cpu().numpy()
             only = _only_task(item.batch, self.index)
-            parts.append(labelled_predictions(self.dataset, item.rows, item.lo, item.hi, only, wide))
+            parts.append(
+                labelled_predictions(self.dataset, item.rows, item.lo, item.hi, only, wide)
+            )
         return concat(parts)
 
     def base_rate(self) -> float:
@@ -240,7 +242,9 @@ class Comparison:
                 "gauc": _number(metrics.grouped_auc(found.label, found.prediction, found.user_id)),
                 "domains": self._domains(found, rate),
             }
-            if arm.user_features and (richest is None or len(arm.sources) > len(richest[1].sources)):
+            if arm.user_features and (
+                richest is None or len(arm.sources) > len(richest[1].sources)
+            ):
                 richest = model, arm
         reference = scored[REFERENCE]
         for name, found in scored.items():
@@ -292,7 +296,9 @@ class Comparison:
                 batch, published = item.batch, {m: item.published[m] for m in arm.sources}
                 if feature is not None:
                     batch, published = permuted(batch, published, feature, generator, self.plan)
-                moved = {m: Published(*(x.to(self.device) for x in p)) for m, p in published.items()}
+                moved = {
+                    m: Published(*(x.to(self.device) for x in p)) for m, p in published.items()
+                }
                 logits = model(batch.to(self.device), moved)
                 known = batch.labels[:, self.index] >= 0
                 labels.append(batch.labels[known, self.index].numpy())

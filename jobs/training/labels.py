@@ -64,7 +64,10 @@ class Labels:
     def counts(self) -> dict[str, tuple[int, int]]:
         """Per task: positives and labels."""
         return {
-            self.dataset.tasks[i].name: (int((t.values == 1).sum()), int((t.values != NO_LABEL).sum()))
+            self.dataset.tasks[i].name: (
+                int((t.values == 1).sum()),
+                int((t.values != NO_LABEL).sum()),
+            )
             for i, t in self._tasks.items()
         }
 
@@ -75,7 +78,9 @@ class Labels:
             found |= self._find(task, users, parts)[1]
         return found
 
-    def of_rows(self, users: np.ndarray, parts: np.ndarray, target_offsets: np.ndarray) -> np.ndarray:
+    def of_rows(
+        self, users: np.ndarray, parts: np.ndarray, target_offsets: np.ndarray
+    ) -> np.ndarray:
         """Labels of the rows' targets: (T, n_tasks) int32, NO_LABEL where there is none.
 
         Args:

@@ -173,7 +173,9 @@ def labelled_rows(
     limits = limits or Limits()
     columns = columns_of(dataset, "examples", history=history, user_features=user_features)
     streams = [
-        _labelled(lake, dataset, s, users=users, columns=columns, index=i, limits=limits, share=share)
+        _labelled(
+            lake, dataset, s, users=users, columns=columns, index=i, limits=limits, share=share
+        )
         for i, s in enumerate(shown)
     ]
     buffer: list[tuple[int, pa.RecordBatch]] = []

@@ -41,7 +41,9 @@ class Learner:
         self.device = device
         self.model = model = preset.build(dataset, device)
         weights = dict(self.config.task_weights)
-        self.task_weights = torch.tensor([weights.get(t.name, 1.0) for t in dataset.tasks]).to(device)
+        self.task_weights = torch.tensor([weights.get(t.name, 1.0) for t in dataset.tasks]).to(
+            device
+        )
         fused = {id(p) for p in model.tables.parameters()}
         self.dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
         self.adam = torch.optim.Adam(list(self.dense.values()), lr=self.config.learning_rate)
@@ -61,7 +63,9 @@ class Learner:
         loss = multi_task_loss(found.logits, batch.labels, self.task_weights)
         total = loss.total
         if found.user_logits is not None:
-            total = total + multi_task_loss(found.user_logits, batch.labels, self.task_weights).total
+            total = (
+                total + multi_task_loss(found.user_logits, batch.labels, self.task_weights).total
+            )
         total.backward()
         nn.utils.clip_grad_norm_(list(self.dense.values()), self.config.max_grad_norm)
         self.adam.step()
@@ -237,9 +241,7 @@ class Scored:
 def concat(parts: Iterable[Scored]) -> Scored:
     """All of them in one."""
     parts = list(parts)
-    empty = {
-        k: np.empty(0, np.float64 if k == "prediction" else np.int64) for k in _SCORED_FIELDS
-    }
+    empty = {k: np.empty(0, np.float64 if k == "prediction" else np.int64) for k in _SCORED_FIELDS}
     if not parts:
         return Scored(**empty)
     return Scored(**{k: np.concatenate([getattr(p, k) for p in parts]) for k in _SCORED_FIELDS})
@@ -248,9 +250,7 @@ def concat(parts: Iterable[Scored]) -> Scored:
 _SCORED_FIELDS = ("user_id", "target_id", "task", "label", "prediction", "domain")
 
 
-def score(
-    dataset: Dataset, learner: Learner, decoded: Iterable[Rows], limits: Limits
-) -> Scored:
+def score(dataset: Dataset, learner: Learner, decoded: Iterable[Rows], limits: Limits) -> Scored:
     """Predictions for every label of the rows.
 
     Raises:

@@ -62,7 +62,9 @@ def calibration(
     for name, (labels, predictions) in curves.items():
         curve = calibration_curve(labels, predictions, bins=bins)
         predicted, observed = curve.predicted, curve.observed
-        axes.plot(predicted, observed, marker="o", markersize=4, label=f"{name} (n={len(labels):,})")
+        axes.plot(
+            predicted, observed, marker="o", markersize=4, label=f"{name} (n={len(labels):,})"
+        )
         top = max([top, *predicted, *observed])
         low = min([low, *(x for x in (*predicted, *observed) if x > 0)])
     top = top or 1.0
@@ -93,7 +95,9 @@ def ne_differences(
     figure = Figure(figsize=(7.5, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for i, (_, value, low, high) in enumerate(reversed(rows)):
-        axes.errorbar(value, i, xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", capsize=3)
+        axes.errorbar(
+            value, i, xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", capsize=3
+        )
     axes.axvline(0.0, color="gray", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(rows)), [r[0] for r in reversed(rows)], fontsize=8)
     axes.set_xlabel(f"NE minus that of '{reference}', 95% interval (left is better)")

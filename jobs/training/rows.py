@@ -189,7 +189,9 @@ def decode(
         scores = None
         if sf.scored:
             scores_name = scores_column(sf.name)
-            scores = np.empty(0, np.float32) if empty(scores_name) else jagged(column(scores_name))[0]
+            scores = (
+                np.empty(0, np.float32) if empty(scores_name) else jagged(column(scores_name))[0]
+            )
         sparse[sf.name] = (values, offsets, scores)
     total = int(target_offsets[-1])
     if labels is None:
@@ -221,7 +223,9 @@ def _merge(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """All streams of a row in one sequence, ordered by (available_time, stream, position)."""
     present = [
-        (i, s) for i, s in enumerate(dataset.streams) if history_column(s.name, "event_time") in names
+        (i, s)
+        for i, s in enumerate(dataset.streams)
+        if history_column(s.name, "event_time") in names
     ]
     counts = np.zeros(rows, np.int64)
     row_parts, available_parts, time_parts, blocks = [], [], [], []
@@ -318,7 +322,9 @@ def _targets(
             history_end += jagged(column(name))[0]
     targets["history_end"] = history_end
     for attribute in dataset.context_features:
-        values = jagged(column(context_column(attribute.name)))[0] if present else _missing(attribute, 0)
+        values = (
+            jagged(column(context_column(attribute.name)))[0] if present else _missing(attribute, 0)
+        )
         targets[_event_key(attribute)] = values
     matrix = np.empty((total, len(features)), np.float32)
     if present:

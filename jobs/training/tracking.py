@@ -187,7 +187,13 @@ class Run:
 
 
 def register(
-    mlflow: MlflowClient, name: str, *, snapshot: str, path: Path, run_id: str, tags: Mapping[str, str]
+    mlflow: MlflowClient,
+    name: str,
+    *,
+    snapshot: str,
+    path: Path,
+    run_id: str,
+    tags: Mapping[str, str],
 ) -> str:
     """The version of registered model `name` that stands for `snapshot`, made where there is none."""
     from mlflow.exceptions import MlflowException

@@ -106,7 +106,14 @@ def test_base_rates_need_both_answers():
 
 
 def test_a_run_hash_changes_with_everything_that_decides_a_training():
-    base = {"model": "sum", "ds": DAYS[0], "config": {"a": 1}, "spec": "s", "parent": None, "inputs": {"x": 1}}
+    base = {
+        "model": "sum",
+        "ds": DAYS[0],
+        "config": {"a": 1},
+        "spec": "s",
+        "parent": None,
+        "inputs": {"x": 1},
+    }
     others = [
         {"model": "sequence"}, {"ds": DAYS[1]}, {"config": {"a": 2}}, {"spec": "t"},
         {"parent": "p"}, {"inputs": {"x": 2}},
@@ -117,7 +124,14 @@ def test_a_run_hash_changes_with_everything_that_decides_a_training():
 
 def test_a_state_hash_sees_names_shapes_types_and_values():
     x = torch.arange(6.0)
-    states = [{"a": x}, {"b": x}, {"a": x.view(2, 3)}, {"a": x.double()}, {"a": x + 1e-6}, {"a": x, "b": x}]
+    states = [
+        {"a": x},
+        {"b": x},
+        {"a": x.view(2, 3)},
+        {"a": x.double()},
+        {"a": x + 1e-6},
+        {"a": x, "b": x},
+    ]
     assert len({state_hash(s) for s in states}) == len(states)
     assert state_hash({"a": x, "b": x + 1}) == state_hash({"b": x + 1, "a": x.clone()})
 
@@ -127,7 +141,7 @@ def test_a_recorded_configuration_builds_the_same_preset(model):
     original = preset(dataset(), model)
     plain = json.loads(json.dumps(to_plain(original)))
     assert from_plain(Preset, plain) == original
-    with pytest.raises(DataError, match="Preset.colour"):
+    with pytest.raises(DataError, match=r"Preset\.colour"):
         from_plain(Preset, plain | {"colour": "red"})
 
 

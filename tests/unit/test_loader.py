@@ -44,7 +44,11 @@ def _timeline(spec, row) -> list[dict]:
         prefix = f"history__{stream.name}__"
         for i, available in enumerate(row[f"{prefix}available_time"]):
             event = {a.name: row[prefix + a.name][i] for a in stream.attributes}
-            event |= {"stream": index, "available": available, "time": row[f"{prefix}event_time"][i]}
+            event |= {
+                "stream": index,
+                "available": available,
+                "time": row[f"{prefix}event_time"][i],
+            }
             events.append((available, index, i, event))
     return [e[3] for e in sorted(events, key=lambda e: e[:3])]
 
@@ -93,7 +97,10 @@ def _check_batch(spec, batch, expected, seen) -> None:
             lo, hi = sparse.offsets[r].item(), sparse.offsets[r + 1].item()
             assert sparse.values[lo:hi].tolist() == row[f"sparse__{name}"]
         scores = batch.sparse["liked"].scores
-        lo, hi = batch.sparse["liked"].offsets[r].item(), batch.sparse["liked"].offsets[r + 1].item()
+        lo, hi = (
+            batch.sparse["liked"].offsets[r].item(),
+            batch.sparse["liked"].offsets[r + 1].item(),
+        )
         assert scores[lo:hi].tolist() == row["sparse__liked__scores"]
         assert batch.sparse["clicked"].scores is None
         for i, feature in enumerate(spec.dense_features):
@@ -133,12 +140,17 @@ def test_batches_are_the_rows_of_the_tables(
 ):
     spec, lake = _lake(IdType.STRING if strings else IdType.INT64, users=9, seed=seed)
     limits = Limits(
-        max_targets=max_targets, max_events=max_events, read_rows=read_rows, buffer_bytes=buffer_bytes
+        max_targets=max_targets,
+        max_events=max_events,
+        read_rows=read_rows,
+        buffer_bytes=buffer_bytes,
     )
     day = labelled_day(lake, spec, SECOND_DAY)
     expected = _expected(spec, lake, SECOND_DAY)
     seen: dict = {}
-    for batch in labelled_batches(lake, spec, day.shown, users=Users.ALL, seed=order, limits=limits):
+    for batch in labelled_batches(
+        lake, spec, day.shown, users=Users.ALL, seed=order, limits=limits
+    ):
         assert batch.rows == 1 or batch.targets <= max_targets
         assert batch.rows == 1 or batch.events <= max_events
         _check_batch(spec, batch, expected, seen)
@@ -150,9 +162,15 @@ def test_one_day_mixes_the_tasks_that_mature_on_different_days():
     day = labelled_day(lake, spec, SECOND_DAY)
     assert [s.ds for s in day.shown] == [FIRST_DAY, SECOND_DAY]
     assert [s.labels.tasks for s in day.shown] == [("buy",), ("click",)]
-    assert set(day.inputs) == {f"labels/{SECOND_DAY}", f"examples/{FIRST_DAY}", f"examples/{SECOND_DAY}"}
+    assert set(day.inputs) == {
+        f"labels/{SECOND_DAY}",
+        f"examples/{FIRST_DAY}",
+        f"examples/{SECOND_DAY}",
+    }
     batches = list(
-        labelled_batches(lake, spec, day.shown, users=Users.ALL, seed=1, limits=Limits(max_targets=40))
+        labelled_batches(
+            lake, spec, day.shown, users=Users.ALL, seed=1, limits=Limits(max_targets=40)
+        )
     )
     both = [b for b in batches if ((b.labels >= 0).any(dim=0)).all()]
     assert len(both) >= len(batches) - 1
@@ -188,7 +206,9 @@ def test_held_out_share_is_what_the_spec_says():
 
 def test_order_depends_on_the_seed_and_not_on_how_the_rows_lie():
     spec, lake = _lake(users=30)
-    other = MemoryLake(spec, {t: {d: _reversed(x) for d, x in by.items()} for t, by in lake.rows.items()})
+    other = MemoryLake(
+        spec, {t: {d: _reversed(x) for d, x in by.items()} for t, by in lake.rows.items()}
+    )
 
     def order(source, seed):
         day = labelled_day(source, spec, SECOND_DAY)

@@ -1,0 +1,354 @@
+"""Five days of a small lake through both models: train, gate, publish, compare, reproduce."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from feature_store.days import day_range, shift
+from feature_store.embeddings import read_embeddings
+from feature_store.lake import Lake
+from jobs import publish_embeddings, train_downstream, train_upstream
+from jobs.context import JobContext
+from jobs.reproduce import reproduce
+from jobs.settings import REPOSITORY, Settings
+from jobs.training import presets, tracking
+from jobs.training.checkpoints import Checkpoints
+from jobs.training.config import GateConfig
+from jobs.training.ids import held_out
+from jobs.training.loader import Limits
+from jobs.training.loop import Learner
+from tests.synthetic import FIRST_DAY, dataset, tables
+
+DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 4))
+MODELS = ("sum", "sequence")
+SPEC = dataset()
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return tables(SPEC, days=len(DAYS), users=40)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, rows) -> Settings:
+    """A lake, and five days of both models run once in order."""
+    found = Settings.from_env({"HEADWATER_HOME": str(tmp_path_factory.mktemp("home"))})
+    lake = Lake(found.lake_root, SPEC)
+    for table, by_day in rows.items():
+        for ds, data in by_day.items():
+            notes = {"base": table == "sequences" and ds == FIRST_DAY}
+            lake.publish_arrow(table, ds, data, inputs={}, notes=notes, code_version="test")
+    for ds in DAYS:
+        for model in MODELS:
+            _train_and_publish(found, model, ds)
+    return found
+
+
+def _context(settings: Settings, ds: str, **about: str) -> JobContext:
+    return JobContext(dataset=SPEC, ds=ds, settings=settings, **about)
+
+
+def _train_and_publish(settings: Settings, model: str, ds: str) -> None:
+    context = _context(settings, ds, model=model)
+    train_upstream.run(context)
+    publish_embeddings.run(context)
+
+
+def _elsewhere(settings: Settings, home: Path) -> Settings:
+    """The same lake, models and MLflow of one's own."""
+    return replace(settings, home=home, mlflow_uri=f"sqlite:///{home}/mlflow/mlflow.db")
+
+
+def _checkpoints(settings: Settings, model: str) -> Checkpoints:
+    return Checkpoints(settings.snapshot_dir(SPEC.name, model, FIRST_DAY).parent)
+
+
+def _result(settings: Settings, model: str, ds: str) -> dict:
+    return json.loads((_checkpoints(settings, model).day(ds) / "result.json").read_text())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_day_starts_from_the_champion_before_it(settings, model):
+    checkpoints = _checkpoints(settings, model)
+    assert checkpoints.champion_days() == DAYS
+    assert [_result(settings, model, d)["parent"] for d in DAYS] == [
+        None,
+        *[checkpoints.champion(d).id for d in DAYS[:-1]],
+    ]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_labels_are_judged_by_the_snapshot_that_was_live_when_they_were_shown(
+    settings, rows, model
+):
+    checkpoints = _checkpoints(settings, model)
+    assert _result(settings, model, DAYS[0])["evaluation"] == {}
+    for ds in DAYS[2:]:
+        found = _result(settings, model, ds)["evaluation"]
+        for task in SPEC.tasks:
+            shown = shift(ds, -task.matures_after)
+            assert found[task.name]["shown_ds"] == shown
+            assert found[task.name]["snapshot"] == checkpoints.champion(shift(shown, -1)).id
+        written = pq.read_table(checkpoints.day(ds) / "evaluation.parquet").to_pylist()
+        want = {
+            (t, task.name, label)
+            for task in SPEC.tasks
+            for row in rows["labels"][ds].to_pylist()
+            if row["task"] == task.name
+            for t, label in zip(
+                _target_ids(rows, row["shown_ds"], row["user_id"], row["part"]),
+                row["labels"],
+                strict=True,
+            )
+        }
+        assert {(r["target_id"], r["task"], r["label"]) for r in written} == want
+        assert len(written) == len(want)
+
+
+def _target_ids(rows, shown: str, user: int, part: int) -> list[int]:
+    for row in rows["examples"][shown].to_pylist():
+        if (row["user_id"], row["part"]) == (user, part):
+            return row["targets__target_id"]
+    raise AssertionError("labels without a row of examples")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_labels_of_held_out_users_are_never_trained_on(settings, rows, model):
+    want = {t.name: [0, 0] for t in SPEC.tasks}
+    for ds in DAYS:
+        for row in rows["labels"][ds].to_pylist():
+            if not held_out(np.array([row["user_id"]]), SPEC.held_out_share)[0]:
+                want[row["task"]][0] += sum(row["labels"])
+                want[row["task"]][1] += len(row["labels"])
+    last = _checkpoints(settings, model).champion(DAYS[-1])
+    assert last.label_counts == want
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_running_a_day_again_changes_nothing_and_moves_no_alias_back(settings, model):
+    checkpoints = _checkpoints(settings, model)
+    before = {d: (_result(settings, model, d), checkpoints.champion(d)) for d in DAYS}
+    embeddings = read_embeddings(Lake(settings.lake_root, SPEC), model, DAYS[1]).numpy().copy()
+    _train_and_publish(settings, model, DAYS[1])
+    assert before == {d: (_result(settings, model, d), checkpoints.champion(d)) for d in DAYS}
+    again = read_embeddings(Lake(settings.lake_root, SPEC), model, DAYS[1]).numpy()
+    assert np.array_equal(embeddings, again)
+
+    mlflow = tracking.client(settings)
+    name = f"{SPEC.name}.{model}"
+    alias = mlflow.get_model_version_by_alias(name, "champion")
+    assert alias.tags["snapshot"] == checkpoints.champion(DAYS[-1]).id
+    assert mlflow.get_model_version_by_alias(name, "candidate").tags["ds"] == DAYS[-1]
+    assert len(mlflow.search_model_versions(f"name = '{name}'")) == len(DAYS)
+    experiment = mlflow.get_experiment_by_name(f"{SPEC.name}/upstream/{model}")
+    runs = mlflow.search_runs([experiment.experiment_id])
+    assert sorted(r.data.tags["ds"] for r in runs) == DAYS
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    newest = next(r for r in runs if r.data.tags["ds"] == DAYS[-1])
+    read = {d.dataset.name for d in newest.inputs.dataset_inputs}
+    assert read == {f"labels/{DAYS[-1]}", f"examples/{DAYS[-1]}", f"examples/{DAYS[-2]}"}
+    assert (
+        newest.data.metrics["click_live_ne"]
+        == _result(settings, model, DAYS[-1])["evaluation"]["click"]["ne"]
+    )
+    assert newest.data.metrics["published_coverage"] > 0.9
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_training_that_was_killed_goes_on_to_the_same_weights(
+    settings, model, tmp_path, monkeypatch
+):
+    usual = presets.preset(SPEC, model)
+    training = replace(
+        usual.training, limits=Limits(max_targets=24), checkpoint_every_s=0.0, epochs=2
+    )
+    monkeypatch.setattr(presets, "preset", lambda *_: replace(usual, training=training))
+    whole, killed = (_elsewhere(settings, tmp_path / n) for n in ("whole", "killed"))
+    train_upstream.run(_context(whole, DAYS[1], model=model))
+
+    steps = iter(range(100))
+    keep = Checkpoints.save_progress
+
+    def dies(self, ds, state):
+        keep(self, ds, state)
+        if next(steps) == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save_progress", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_upstream.run(_context(killed, DAYS[1], model=model))
+    assert _checkpoints(killed, model).snapshots(DAYS[1]) == []
+    monkeypatch.setattr(Checkpoints, "save_progress", keep)
+    train_upstream.run(_context(killed, DAYS[1], model=model))
+
+    first, second = (_checkpoints(s, model).champion(DAYS[1]) for s in (whole, killed))
+    assert second.metadata["training"]["resumed"] == 1
+    assert first.metadata["training"]["resumed"] == 0
+    assert first.steps == second.steps > 10
+    assert first.label_counts == second.label_counts
+    assert first.state_hash == second.state_hash
+    assert not (_checkpoints(killed, model).day(DAYS[1]) / "progress.pt").exists()
+
+
+def test_a_rejected_candidate_leaves_the_champion_to_publish_and_to_start_the_next_day(
+    settings, tmp_path, monkeypatch
+):
+    usual = presets.preset(SPEC, "sum")
+    mine = _elsewhere(settings, tmp_path)
+    mine = replace(mine, lake_root=str(tmp_path / "lake"))
+    source, lake = Lake(settings.lake_root, SPEC), Lake(mine.lake_root, SPEC)
+    for table in ("examples", "labels", "aggregates", "impressions"):
+        for ds in DAYS[:3]:
+            data = source.read(table, days=[ds])
+            lake.publish_arrow(table, ds, data, inputs={}, code_version="test")
+    _train_and_publish(mine, "sum", DAYS[0])
+    strict = replace(usual, gate=GateConfig(ne_tolerance=-10.0, min_labels=1))
+    monkeypatch.setattr(presets, "preset", lambda *_: strict)
+    _train_and_publish(mine, "sum", DAYS[1])
+    monkeypatch.setattr(presets, "preset", lambda *_: usual)
+    _train_and_publish(mine, "sum", DAYS[2])
+
+    checkpoints = _checkpoints(mine, "sum")
+    first = checkpoints.champion(DAYS[0])
+    rejected = _result(mine, "sum", DAYS[1])
+    assert not rejected["gate"]["accepted"]
+    assert "held-out NE is worse" in rejected["gate"]["reason"]
+    assert rejected["candidate"] != first.id
+    assert checkpoints.champion(DAYS[1]) == first
+    assert read_embeddings(lake, "sum", DAYS[1]).snapshot == first.id
+    assert checkpoints.champion(DAYS[2]).parent == first.id
+
+
+def test_published_embeddings_are_of_every_user_once_at_their_newest_state(settings, rows):
+    lake = Lake(settings.lake_root, SPEC)
+    newest = {}
+    for ds in DAYS[:4]:
+        newest |= {r["user_id"]: r for r in rows["sequences"][ds].to_pylist()}
+    chosen = presets.preset(SPEC, "sequence")
+    users = publish_embeddings.UserRows.of(lake, chosen, DAYS[3])
+    found = [r for b in users.batches(lake, chosen) for r in b.to_pylist()]
+    assert len(found) == len(newest)
+    for row in found:
+        want = newest[row["user_id"]]
+        assert all(
+            row[c] == want[c] or row[c] != row[c] for c in row if "time" in c or c == "user_id"
+        )
+    published = read_embeddings(lake, "sequence", DAYS[3], "raw")
+    assert set(published.user_ids) <= set(newest)
+    assert set(read_embeddings(lake, "sum", DAYS[3]).user_ids) == {
+        r["user_id"] for r in rows["aggregates"][DAYS[3]].to_pylist()
+    }
+    notes = lake.partitions("user_embeddings", "sequence")[DAYS[3]].notes
+    assert notes["users"] == len(published)
+    assert notes["norm_min"] > 0
+    assert notes["common_users"] > 0 and notes["cosine"] is not None
+
+
+def test_a_served_embedding_is_the_one_that_the_training_saw(settings):
+    """What is published for a day equals what the model makes of that user's rows of the next day."""
+    import torch
+
+    from jobs.training.loader import Users, labelled_day, labelled_rows
+
+    lake = Lake(settings.lake_root, SPEC)
+    for model in MODELS:
+        chosen = presets.preset(SPEC, model)
+        checkpoints = _checkpoints(settings, model)
+        learner = Learner(SPEC, chosen, torch.device("cpu"))
+        learner.load(checkpoints.load(checkpoints.champion(DAYS[2]).id))
+        published = read_embeddings(lake, model, DAYS[2], "raw")
+        day = labelled_day(lake, SPEC, DAYS[3], tasks=["click"])
+        compared = 0
+        for decoded in labelled_rows(lake, SPEC, day.shown, users=Users.ALL):
+            batch = decoded.batch(0, len(decoded))
+            seen = learner.user_embeddings(batch).numpy()
+            stored, present = published.lookup(batch.user_id.numpy())
+            # a later part, or a full history, has lost events from before the cutoff
+            whole = present & (decoded.part == 0) & (np.diff(decoded.event_offsets) < 6)
+            compared += int(whole.sum())
+            assert np.allclose(seen[whole], stored[whole].astype(np.float32), atol=4e-3)
+        assert compared >= (10 if model == "sum" else 3)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_recorded_run_trains_again_to_the_same_bits(settings, model):
+    mlflow = tracking.client(settings)
+    experiment = mlflow.get_experiment_by_name(f"{SPEC.name}/upstream/{model}")
+    runs = mlflow.search_runs([experiment.experiment_id], f"tags.ds = '{DAYS[2]}'")
+    assert len(runs) == 1
+    found = reproduce(settings, runs[0].info.run_id, dataset=SPEC)
+    assert found.snapshot == runs[0].data.tags["snapshot"]
+    assert found.same
+
+
+def test_downstream_compares_the_arms_on_the_newest_matured_day(settings, rows):
+    context = _context(settings, DAYS[4], task="click")
+    train_downstream.run(context)
+    where = train_downstream.folder(context, SPEC.task("click"))
+    result = json.loads((where / "result.json").read_text())
+    assert (result["test_day"], result["train_days"]) == (DAYS[4], DAYS[1:4])
+    assert set(result["arms"]) == {
+        "context", "aggregates", "aggregates_sum", "aggregates_sequence", "aggregates_all",
+        "context_sum", "context_sequence",
+    }  # fmt: skip
+    for model in MODELS:
+        checkpoints = _checkpoints(settings, model)
+        used = {d: checkpoints.champion(d).id for d in DAYS[:4]}
+        assert result["snapshots"][model] == used
+    written = pq.read_table(where / "predictions.parquet").to_pydict()
+    want = {}
+    for row in rows["labels"][DAYS[4]].to_pylist():
+        if row["task"] == "click":
+            ids = _target_ids(rows, row["shown_ds"], row["user_id"], row["part"])
+            want |= dict(zip(ids, row["labels"], strict=True))
+    assert dict(zip(written["target_id"], written["label"], strict=True)) == want
+    for name, arm in result["arms"].items():
+        assert arm["labels"] == len(want)
+        assert np.isfinite(written[name]).all()
+        assert (arm["difference"] is None) == (name == "aggregates")
+    ranking = result["importance"]["ranking"]
+    assert {"sum embeddings", "sequence embeddings", "likes_1d", "liked", "item"} <= {
+        r["feature"] for r in ranking
+    }
+    assert [r["rank"] for r in ranking] == list(range(1, len(ranking) + 1))
+
+    first = (where / "predictions.parquet").read_bytes()
+    train_downstream.run(context)
+    assert (where / "predictions.parquet").read_bytes() == first
+    mlflow = tracking.client(settings)
+    experiment = mlflow.get_experiment_by_name(f"{SPEC.name}/downstream/click")
+    (run,) = mlflow.search_runs([experiment.experiment_id])
+    assert run.data.metrics["ne_aggregates"] == result["arms"]["aggregates"]["ne"]
+
+
+def test_too_few_days_end_with_one_line_and_without_torch(settings):
+    program = (
+        "import sys\n"
+        "from jobs import train_downstream\n"
+        "from jobs.context import JobContext\n"
+        "from jobs.settings import Settings\n"
+        "from tests.synthetic import dataset\n"
+        "settings = Settings.from_env()\n"
+        f"train_downstream.run(JobContext(dataset=dataset(), ds='{DAYS[4]}', settings=settings, task='buy'))\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env={"HEADWATER_HOME": str(settings.home), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("\n") == 1
+    assert "needs a test day and 3 before it, has a test day and 2" in done.stdout
