@@ -301,6 +301,16 @@ class Lake:
         return partition
 
     @contextmanager
+    def scratch(self, job: str, ds: str) -> Iterator[str]:
+        """A folder, not made yet, for what a job keeps while it works on `ds`; removed at the end.
+
+        One process at a time has it; what a killed one left is removed by the next.
+        """
+        parse_day(ds)
+        with self._staging(job, {"ds": ds}) as folder:
+            yield (self._uri.split("://")[0] + "://" if self._remote else "") + folder
+
+    @contextmanager
     def _staging(self, table: str, values: Mapping[str, str]) -> Iterator[str]:
         """A path to stage one partition in, which does not exist yet; removed at the end."""
         home = f"{self._base}/_staging/{table}/{_folder(values)}"

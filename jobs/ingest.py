@@ -47,6 +47,8 @@ _REMEDIES = {
     Problem.ORDER: "it is before as_of, and features look at as_of: as_of is at or before time",
 }
 _TIMES = {Problem.FAR, Problem.OUTSIDE, Problem.ORDER}
+_IDS = {"events": "event_id", "impressions": "target_id"}
+_ORDER = {"events": ("available_time", "event_time"), "impressions": ("as_of", "time")}
 # error classes of Apache Spark, and what Sail says
 _UNREADABLE = (
     "PATH_NOT_FOUND",
@@ -64,18 +66,18 @@ def find_problem(counts: list[Row], dataset: Dataset, ds: str) -> str | None:
     Args:
         counts: rows of `summary`.
     """
-    wrong = [c for c in counts if c["code"] is not None]
+    wrong = [c for c in counts if c["problem"] is not None]
     if not wrong:
         return None
-    worst = max(wrong, key=lambda c: (c["rows"], c["part"], c["column"], c["code"]))
-    code = Problem(worst["code"])
-    value = "null" if worst["value"] is None else worst["value"]
+    worst = max(wrong, key=lambda c: (c["rows"], c["part"], c["problem"]))
+    column, _, code = worst["problem"].partition("/")
+    value = worst["value"]
     if code in _TIMES and _is_instant(value):
         value += f" ({day_of(int(value), dataset.utc_offset)})"
     others = len(wrong) - 1
     return (
-        f"{dataset.name} {ds}: {worst['part']}.{worst['column']} is {value} in {worst['rows']} rows: "
-        f"{_REMEDIES[code]}" + (f" ({others} more kinds of problem)" if others else "")
+        f"{dataset.name} {ds}: {worst['part']}.{column} is {value} in {worst['rows']} rows: "
+        f"{_REMEDIES[Problem(code)]}" + (f" ({others} more kinds of problem)" if others else "")
     )
 
 
@@ -90,23 +92,22 @@ def summary(frames: Mapping[str, DataFrame]) -> DataFrame:
         frame.select(
             F.lit(table).alias("table"),
             "part",
-            F.col("problem.column").alias("column"),
-            F.col("problem.code").alias("code"),
-            F.col("problem.value").alias("value"),
-            *(F.col(m).cast("int").alias(m) for m in ("outside", "late")),
-            F.when(F.col("copy") & ~F.col("outside"), 1).alias("copy"),
+            "problem",
+            "value",
+            F.when(~F.col("outside"), F.col(_IDS[table])).alias("id"),
+            F.col("late").cast("int").alias("late"),
         )
         for table, frame in frames.items()
     ]
     every = marks[0]
     for other in marks[1:]:
         every = every.unionByName(other)
-    return every.groupBy("table", "part", "column", "code").agg(
+    return every.groupBy("table", "part", "problem").agg(
         F.count(F.lit(1)).alias("rows"),
         F.min("value").alias("value"),
-        F.sum("outside").alias("outside"),
+        F.count("id").alias("inside"),
+        F.count_distinct("id").alias("ids"),
         F.sum("late").alias("late"),
-        F.sum("copy").alias("copies"),
     )
 
 
@@ -115,9 +116,9 @@ def notes_of(counts: list[Row], table: str) -> dict[str, object]:
     mine = sorted((c for c in counts if c["table"] == table), key=lambda c: c["part"])
     return {
         "rows_read": {c["part"]: c["rows"] for c in mine},
-        "duplicates_dropped": sum(c["copies"] or 0 for c in mine),
+        "duplicates_dropped": sum(c["inside"] - c["ids"] for c in mine),
         "late": sum(c["late"] or 0 for c in mine),
-        "other_days_dropped": sum(c["outside"] or 0 for c in mine),
+        "other_days_dropped": sum(c["rows"] - c["inside"] for c in mine),
     }
 
 
@@ -135,9 +136,12 @@ def transform(day: SourceDay, dataset: Dataset, ds: str) -> dict[str, DataFrame]
     return frames
 
 
-def kept(frame: DataFrame) -> DataFrame:
+def kept(frame: DataFrame, table: str, *, duplicates: bool) -> DataFrame:
     """The rows of the day, each once."""
-    return frame.where(~F.col("outside") & ~F.col("copy"))
+    inside = frame.where(~F.col("outside"))
+    if not duplicates:  # the counts say so, and finding them out means sorting everything
+        return inside
+    return ingest_rows.first_of_each(inside, _IDS[table], _ORDER[table])
 
 
 def run(context: JobContext) -> None:
@@ -145,26 +149,28 @@ def run(context: JobContext) -> None:
     dataset, ds = context.dataset, context.ds
     module = sources.get(dataset.name)
     quality.warm_up()  # imported while the source is read
-    frames: dict[str, DataFrame] = {}
-    try:
-        day = _read(module, context)
-        frames = {name: frame.persist() for name, frame in transform(day, dataset, ds).items()}
-        counts = summary(frames).collect()
-        problem = find_problem(counts, dataset, ds)
-        if problem:
-            raise DataError(problem)
-        _publish(context, day, frames, counts)
-    except PySparkException as error:
-        if any(marker in str(error) for marker in _UNREADABLE):
+    with context.lake.scratch("ingest", ds) as folder:
+        try:
+            day = _read(module, context)
+            frames = {}
+            for table, frame in transform(day, dataset, ds).items():
+                frame.write.parquet(
+                    f"{folder}/{table}"
+                )  # the source is read once, whatever it costs
+                frames[table] = context.spark.read.parquet(f"{folder}/{table}")
+            counts = summary(frames).collect()
+        except PySparkException as error:
+            if not any(marker in str(error) for marker in _UNREADABLE):
+                raise
             first = str(error).strip().splitlines()[0]
             raise DataError(
                 f"{dataset.name} {ds}: a file of SOURCE {context.source} cannot be read ({first[:300]}): "
                 "put it right, or take it away"
             ) from error
-        raise
-    finally:
-        for frame in frames.values():
-            frame.unpersist()
+        problem = find_problem(counts, dataset, ds)
+        if problem:
+            raise DataError(problem)
+        _publish(context, day, frames, counts)
 
 
 def _read(module: ModuleType, context: JobContext) -> SourceDay:
@@ -184,7 +190,8 @@ def _publish(
     for table in ("events", "impressions"):
         notes = notes_of(counts, table)
         if table in frames:
-            rows = conform(kept(frames[table]), contract(dataset, table), ds)
+            once = kept(frames[table], table, duplicates=bool(notes["duplicates_dropped"]))
+            rows = conform(once, contract(dataset, table), ds)
             publish(context, table, rows, {}, **notes, **(day.notes if table == "events" else {}))
         else:
             _publish_arrow(context, table, contract(dataset, table).schema.empty_table(), notes)

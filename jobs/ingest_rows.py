@@ -2,10 +2,10 @@
 
 The columns of the contract less `ds`, and
     part       the stream, or the kind of target
-    problem    struct (column, code, value) of the first thing wrong with the row; null where nothing is
+    problem    `<column>/<code>` of the first thing wrong with the row; null where nothing is
+    value      the value that is wrong
     outside    the row belongs to another day
     late       it reached the log on a later day than it would have without a detour
-    copy       another row of the day has its id and came first
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pyspark.sql import types as T
 from feature_store.days import DAY_US, end_us, micros, start_us
 from feature_store.errors import DataError
 from feature_store.spec import Attribute, Dataset, EventStream, IdType, Kind, Target
-from feature_store.tables import contract, id_type, label_column, value_type
+from feature_store.tables import id_type, label_column, value_type
 from jobs.frames import spark_type
 
-MARKS = ("part", "problem", "outside", "late", "copy")
+MARKS = ("part", "problem", "value", "outside", "late")
 LATEST_DAYS = 30  # an event that is older when it arrives is a wrong clock, not a late event
 _PLAUSIBLE_DAYS = 400  # a time that is this near to the day after a change of unit was in that unit
 
@@ -54,6 +54,7 @@ class _Rows:
         self.types = {f.name: f.dataType for f in frame.schema.fields}
         self.columns: dict[str, Column] = {}
         self._problems: list[Column] = []
+        self._values: list[Column] = []
 
     def require(self, needed: Sequence[str], optional: Sequence[str]) -> None:
         """Refuse a frame that lacks a column, or has one that nobody asked for."""
@@ -75,16 +76,15 @@ class _Rows:
     ) -> None:
         """`code` is wrong with column `name` where `condition`."""
         shown = F.col(name) if value is None else value
-        text = F.substring(shown.cast("string"), 1, 80)
-        self._problems.append(
-            F.when(condition, F.struct(
-                F.lit(name).alias("column"), F.lit(str(code)).alias("code"), text.alias("value")
-            ))
-        )  # fmt: skip
+        text = F.substring(F.coalesce(shown.cast("string"), F.lit("null")), 1, 80)
+        self._problems.append(F.when(condition, F.lit(f"{name}/{code}")))
+        self._values.append(F.when(condition, text))
 
     @property
-    def first_problem(self) -> Column:
-        return F.coalesce(*self._problems)
+    def marks(self) -> list[Column]:
+        """The first problem of each row, and its value."""
+        first, value = F.coalesce(*self._problems), F.coalesce(*self._values)
+        return [first.alias("problem"), value.alias("value")]
 
     def take(self, name: str, kind: str, *, into: str = "") -> Column:
         """The column as Spark type `kind`; a value that is not one is a problem."""
@@ -166,11 +166,11 @@ def _hash_of(first: str, columns: Sequence[Column]) -> Column:
     return F.xxhash64(*parts).bitwiseAND(F.lit(2**63 - 1))
 
 
-def _marked(frame: DataFrame, key: str, order: Sequence[str], names: Sequence[str]) -> DataFrame:
-    # rows of one id are ordered by everything that they hold: which one stays is not left to chance
-    content = F.xxhash64(*[F.col(n) for n in names])
-    window = Window.partitionBy(key, "outside").orderBy(*order, content)
-    return frame.withColumn("copy", F.row_number().over(window) > 1).select(*names, *MARKS)
+def first_of_each(frame: DataFrame, key: str, order: Sequence[str]) -> DataFrame:
+    """One row per part and id: the first by `order`; among equals the choice is not left to chance."""
+    content = F.xxhash64(*[F.col(n) for n in frame.columns if n not in MARKS])
+    window = Window.partitionBy("part", key).orderBy(*order, content)
+    return frame.withColumn("row", F.row_number().over(window)).where(F.col("row") == 1).drop("row")
 
 
 def events(
@@ -195,9 +195,7 @@ def events(
                 "without events"
             )
     typed = [_stream(frames[s.name], s, dataset, ds, overlapping) for s in dataset.streams]
-    every = reduce(DataFrame.unionByName, typed)
-    names = [n for n in contract(dataset, "events").schema.names if n != "ds"]
-    return _marked(every, "event_id", ("available_time", "event_time"), names)
+    return reduce(DataFrame.unionByName, typed)
 
 
 def _stream(
@@ -220,7 +218,8 @@ def _stream(
     if stream.id_from:
         rows.columns["event_id"] = _hash_of(stream.name, [rows.columns[c] for c in stream.id_from])
     else:
-        rows.take_id("event_id", IdType.INT64)
+        rows.problem(F.col("event_id").isNull(), "event_id", Problem.NULL)
+        rows.columns["event_id"] = _hash_of(stream.name, [F.col("event_id")])
     if not overlapping:
         which = "ingest_time" if "ingest_time" in rows.types else "event_time"
         rows.problem(outside, which, Problem.OUTSIDE, available)
@@ -237,7 +236,7 @@ def _stream(
         F.lit(stream.name).alias("stream"),
         available.alias("available_time"),
         F.lit(stream.name).alias("part"),
-        rows.first_problem.alias("problem"),
+        *rows.marks,
         outside.alias("outside"),
         (~outside & (event_time + F.lit(delay) < F.lit(span[0]))).alias("late"),
     )
@@ -281,22 +280,24 @@ def impressions(frame: DataFrame, dataset: Dataset, ds: str, *, overlapping: boo
         if label not in {c.name for c in dataset.context_features}:
             rows.columns.pop(label, None)
     if own:
-        rows.take_id("target_id", IdType.INT64, needed=kind.isin(own))
+        rows.problem(kind.isin(own) & F.col("target_id").isNull(), "target_id", Problem.NULL)
+        if isinstance(rows.types["target_id"], T.StringType):
+            rows.columns["target_id"] = _hash_of("target", [F.col("target_id")])
+        else:
+            rows.take("target_id", "bigint")
     rows.columns["target_id"] = _target_id(rows, kinds, kind)
     if not overlapping:
         which = "as_of" if "as_of" in rows.types else "time"
         rows.problem(outside, which, Problem.OUTSIDE, as_of)
     rows.problem(as_of > time, "time", Problem.ORDER, time)
     rows.problem(~outside & (time > as_of + F.lit(LATEST_DAYS * DAY_US)), "time", Problem.FAR, time)
-    typed = frame.select(
+    return frame.select(
         *(c.alias(n) for n, c in rows.columns.items()),
         F.coalesce(kind, F.lit("null")).alias("part"),
-        rows.first_problem.alias("problem"),
+        *rows.marks,
         outside.alias("outside"),
         F.lit(None).cast("boolean").alias("late"),
     )
-    names = [n for n in contract(dataset, "impressions").schema.names if n != "ds"]
-    return _marked(typed, "target_id", ("as_of", "time"), names)
 
 
 def _target_id(rows: _Rows, kinds: Sequence[Target], kind: Column) -> Column:
