@@ -33,7 +33,7 @@ DEVICE = Attribute(name="device")
 OS = Attribute(name="os")
 REGION = Attribute(name="region")
 REFERRER = Attribute(name="referrer")
-POSITION = Attribute(name="position")  # of the click in its session, from 1, capped
+POSITION = Attribute(name="session_position")  # of the click in its session, from 1, capped
 HOUR = Attribute(name="hour")  # of the local day, at as_of
 
 _WINDOWS_DAYS = (1, 3, 7, 14)

@@ -69,7 +69,7 @@ def test_the_moment_alone_does_not_give_the_answer_away(
     scored = scored[scored[task].notna()].assign(
         gap=lambda x: x.time - x.as_of, second=lambda x: x.as_of // 1_000_000 % 60
     )
-    features = ["gap", "second", "device", "os", "region", "hour", "position"]
+    features = ["gap", "second", "device", "os", "region", "hour", "session_position"]
     held_out = scored.user_id % 3 == 0
     model = HistGradientBoostingClassifier(max_iter=40, random_state=0)
     model.fit(scored.loc[~held_out, features], scored.loc[~held_out, task])

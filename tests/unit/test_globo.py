@@ -167,7 +167,7 @@ def test_a_repeated_line_is_read_once_and_counted(spark: SparkSession, tmp_path:
     lines = session_lines(1, FIRST_MS + HOUR_MS, [700, 1400, 2100], [9000])
     source = write_log(tmp_path / "log", [*lines, lines[1]])
     day = read(spark, source, "2017-10-01")
-    assert sorted(r["position"] for r in rows(day.events["clicks"])) == [1, 2, 3]
+    assert sorted(r["session_position"] for r in rows(day.events["clicks"])) == [1, 2, 3]
     assert day.notes["duplicate_lines"] == 1
 
 
@@ -257,7 +257,7 @@ def test_candidates_of_a_click_differ_in_nothing_but_the_article(
         if r["target"] == "candidate":
             assert r["as_of"] == r["time"]
             assert (r["topic"], r["section"]) == (r["item_id"] // 256, r["item_id"] // 2048)
-            context = tuple(r[c] for c in ("device", "os", "region", "hour", "position"))
+            context = tuple(r[c] for c in ("device", "os", "region", "hour", "session_position"))
             shared[r["user_id"], r["time"]].add(context)
     assert {len(contexts) for contexts in shared.values()} == {1}
 
@@ -280,7 +280,7 @@ def test_continue_knows_of_the_current_click_only_article_and_position(
     found = positions("a", lines)
     assert found == positions("b", other)
     assert [r["continue"] for r in found] == [1, 0]
-    assert [r["position"] for r in found] == [2, 3]
+    assert [r["session_position"] for r in found] == [2, 3]
     assert [r["item_id"] for r in found] == [1400, 2100]
     before = [x["click_timestamp"] * 1000 + 1 for x in lines[:2]]
     assert [r["time"] for r in found] == [r["as_of"] for r in found] == before
@@ -294,7 +294,7 @@ def test_continue_is_known_by_the_end_of_the_next_day(spark: SparkSession, tmp_p
     late[2]["click_timestamp"] = late[1]["click_timestamp"] + 60 * HOUR_MS
     source = write_log(tmp_path / "log", [*early, *late])
     answers = {
-        (r["user_id"], r["position"]): r["continue"]
+        (r["user_id"], r["session_position"]): r["continue"]
         for r in rows(read(spark, source, "2017-10-01").impressions)
         if r["target"] == "position"
     }

@@ -128,7 +128,7 @@ def clicks(sessions: DataFrame, span: tuple[int, int]) -> DataFrame:
             _block(click.article_id, TOPIC_IDS).alias("topic"),
             _block(click.article_id, SECTION_IDS).alias("section"),
             click.referrer.alias("referrer"),
-            _position(F.col("index")).alias("position"),
+            _position(F.col("index")).alias("session_position"),
             *(click[c].alias(c) for c in ("device", "os", "region", "country", "environment")),
         )
     )
@@ -166,7 +166,7 @@ def session_ends(sessions: DataFrame, span: tuple[int, int], day: str) -> DataFr
         as_of.alias("as_of"),
         *(F.lit(None).cast("bigint").alias(c) for c in ("item_id", "topic", "section")),
         *(last[c].alias(c) for c in ("device", "os", "region")),
-        _position(F.size("clicks") - 1).alias("position"),
+        _position(F.size("clicks") - 1).alias("session_position"),
         *(F.lit(None).cast("int").alias(c) for c in ("click", "click_matched", "continue")),
     )
 
@@ -200,7 +200,7 @@ def positions(sessions: DataFrame, span: tuple[int, int], day: str) -> DataFrame
             as_of.alias("as_of"),
             click.article_id.alias("item_id"),
             *(before[c].alias(c) for c in ("device", "os", "region")),
-            _position(index).alias("position"),
+            _position(index).alias("session_position"),
             _block(click.article_id, TOPIC_IDS).alias("topic"),
             _block(click.article_id, SECTION_IDS).alias("section"),
             *(F.lit(None).cast("int").alias(c) for c in ("click", "click_matched")),
@@ -312,7 +312,7 @@ def candidates(sessions: DataFrame, span: tuple[int, int], day: str) -> DataFram
             click.time.alias("as_of"),
             "item_id",
             *(click[c].alias(c) for c in ("device", "os", "region")),
-            _position(index).alias("position"),
+            _position(index).alias("session_position"),
             _block(item, TOPIC_IDS).alias("topic"),
             _block(item, SECTION_IDS).alias("section"),
             label("any").alias("click"),
