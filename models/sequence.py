@@ -213,6 +213,8 @@ class Sequence(nn.Module):
         self.user_history = Standardise(2 * len(plan.streams))
         user_inputs = config.queries * dim + 2 * len(plan.streams)
         self.user_out = mlp(user_inputs, 2 * width, config.embeddings * dim)
+        # a straight way for what was pooled: through the MLP alone it is found several times later
+        self.user_skip = nn.Linear(config.queries * dim, config.embeddings * dim, bias=False)
         self.user_norm = nn.LayerNorm(dim)
         self.user_mix_tower = MixTower(
             self.target.n_tokens + config.embeddings, dim, len(plan.tasks), config=config.user_mix
@@ -280,7 +282,8 @@ class Sequence(nn.Module):
         )
         pairs = visible_pairs(batch.event_offsets, rows[:-1], end)
         numbers = self.user_history(stream_numbers(batch, pairs, at, self.plan))
-        mixed = self.user_out(torch.cat([pooled.flatten(1), numbers], dim=1))
+        pooled = pooled.flatten(1)
+        mixed = self.user_out(torch.cat([pooled, numbers], dim=1)) + self.user_skip(pooled)
         return self.user_norm(mixed.unflatten(1, (self.config.embeddings, self.config.dim)))
 
 

@@ -38,7 +38,10 @@ class TableConfig:
         default_rows: of the other tables.
         item_rows: of the `item` table.
         learning_rate: of row-wise Adagrad.
-        init_scale: rows start uniform in +-init_scale.
+        init_scale: rows start uniform in +-init_scale. Large: what is learned from embeddings is
+            mostly products of two of them, which start flat where both are near 0.
+        item_init_scale: of the `item` table. Small: many scored items are new, and the row of an
+            item never trained on is noise.
     """
 
     dim: int = 32
@@ -46,13 +49,18 @@ class TableConfig:
     default_rows: int = 2**14
     item_rows: int = 2**16
     learning_rate: float = 0.05
-    init_scale: float = 0.02
+    init_scale: float = 0.3
+    item_init_scale: float = 0.05
 
     def rows_of(self, vocabulary: str) -> int:
         """Rows of the table of `vocabulary`."""
         return self.rows.get(
             vocabulary, self.item_rows if vocabulary == "item" else self.default_rows
         )
+
+    def init_scale_of(self, vocabulary: str) -> float:
+        """Where the rows of the table of `vocabulary` start."""
+        return self.item_init_scale if vocabulary == "item" else self.init_scale
 
 
 class Lookup(NamedTuple):
@@ -116,8 +124,8 @@ class Tables(nn.Module):
                     feature_names=[name],
                     num_embeddings=self.rows[name],
                     embedding_dim=config.dim,
-                    weight_init_min=-config.init_scale,
-                    weight_init_max=config.init_scale,
+                    weight_init_min=-config.init_scale_of(name),
+                    weight_init_max=config.init_scale_of(name),
                 )
                 for name in self.names
             ],
