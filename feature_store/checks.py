@@ -140,7 +140,10 @@ def _histories(dataset: Dataset, table: str, columns: dict[str, pa.Array], fault
     for stream in dataset.streams:
         prefix = history_column(stream.name, "")
         _aligned([n for n in columns if n.startswith(prefix)], columns, faults)
-        times = {n: _Lists(columns[history_column(stream.name, n)]) for n in ("event_time", "available_time")}
+        times = {
+            n: _Lists(columns[history_column(stream.name, n)])
+            for n in ("event_time", "available_time")
+        }
         for name, lists in times.items():
             bad = (lists.values < YEAR_2000_US) | (lists.values > YEAR_2100_US)
             faults.add("out_of_range", lists.rows_where(bad), history_column(stream.name, name))
@@ -148,9 +151,17 @@ def _histories(dataset: Dataset, table: str, columns: dict[str, pa.Array], fault
         falling = np.zeros(len(available.values), dtype=bool)
         falling[1:] = np.diff(available.values) < 0
         falling[available.offsets[:-1][available.sizes > 0]] = False
-        faults.add("unordered", available.rows_where(falling), history_column(stream.name, "available_time"))
+        faults.add(
+            "unordered",
+            available.rows_where(falling),
+            history_column(stream.name, "available_time"),
+        )
         if table == "sequences":
-            faults.add("out_of_range", available.sizes > stream.max_events, f"{prefix}* longer than max_events")
+            faults.add(
+                "out_of_range",
+                available.sizes > stream.max_events,
+                f"{prefix}* longer than max_events",
+            )
 
 
 def _before(dataset: Dataset, columns: dict[str, pa.Array], end: int, faults: _Faults) -> None:
@@ -160,7 +171,9 @@ def _before(dataset: Dataset, columns: dict[str, pa.Array], end: int, faults: _F
         faults.add("out_of_range", lists.rows_where(lists.values >= end), f"{name} after the day")
 
 
-def _user_features(dataset: Dataset, shape: Table, columns: dict[str, pa.Array], faults: _Faults) -> None:
+def _user_features(
+    dataset: Dataset, shape: Table, columns: dict[str, pa.Array], faults: _Faults
+) -> None:
     for feature in dataset.sparse_features:
         name = sparse_column(feature.name)
         lists = _Lists(columns[name])
@@ -168,7 +181,11 @@ def _user_features(dataset: Dataset, shape: Table, columns: dict[str, pa.Array],
         if feature.scored:
             _aligned([name, scores_column(feature.name)], columns, faults)
             scores = _Lists(columns[scores_column(feature.name)])
-            faults.add("out_of_range", scores.rows_where(~np.isfinite(scores.values)), scores_column(feature.name))
+            faults.add(
+                "out_of_range",
+                scores.rows_where(~np.isfinite(scores.values)),
+                scores_column(feature.name),
+            )
     absent = np.zeros(len(columns["user_id"]), dtype=bool)
     if "has_aggregates" in columns:
         has = _numpy(columns["has_aggregates"])
@@ -187,11 +204,19 @@ def _targets(
     time = _Lists(columns["targets__time"])
     kinds = _Lists(columns["targets__target"])
     day = start_us(ds, dataset.utc_offset), end_us(ds, dataset.utc_offset)
-    faults.add("out_of_range", as_of.rows_where((as_of.values < day[0]) | (as_of.values >= day[1])), "targets__as_of")
+    faults.add(
+        "out_of_range",
+        as_of.rows_where((as_of.values < day[0]) | (as_of.values >= day[1])),
+        "targets__as_of",
+    )
     bad = (kinds.values < 0) | (kinds.values >= len(dataset.targets))
     faults.add("out_of_range", kinds.rows_where(bad), "targets__target")
     if len(time.values) == len(as_of.values):
-        faults.add("out_of_range", as_of.rows_where(as_of.values > time.values), "targets__as_of after targets__time")
+        faults.add(
+            "out_of_range",
+            as_of.rows_where(as_of.values > time.values),
+            "targets__as_of after targets__time",
+        )
     row = np.repeat(np.arange(len(as_of.sizes)), as_of.sizes)
     for stream in dataset.streams:
         name = history_end_column(stream.name)
@@ -240,9 +265,13 @@ def _embeddings(columns: dict[str, pa.Array], faults: _Faults) -> None:
         sizes = count * dim
         start = np.concatenate([[0], np.cumsum(sizes)])
         values = np.frombuffer(column.buffers()[2], dtype="<f2")
-        first = int(np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset]) // FLOAT16_BYTES
+        first = (
+            int(np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset]) // FLOAT16_BYTES
+        )
         bad = np.flatnonzero(~np.isfinite(values[first : first + start[-1]]))
-        faults.add("out_of_range", np.searchsorted(start, bad, side="right") - 1, f"{name} is not finite")
+        faults.add(
+            "out_of_range", np.searchsorted(start, bad, side="right") - 1, f"{name} is not finite"
+        )
 
 
 def _aligned(names: list[str], columns: dict[str, pa.Array], faults: _Faults) -> None:

@@ -84,7 +84,9 @@ class UserEmbeddings:
         """`user_id` and `embedding`, a fixed-size list of K*D halffloat (embedding by embedding)."""
         flat = pa.array(self.values.reshape(-1))
         width = self.values.shape[1] * self.values.shape[2]
-        return pa.table({"user_id": self.ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, width)})
+        return pa.table(
+            {"user_id": self.ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, width)}
+        )
 
     def pandas(self) -> pd.DataFrame:
         """One float32 column per number, named `e<k>_<d>`, indexed by `user_id`."""
@@ -93,14 +95,22 @@ class UserEmbeddings:
         n, count, dim = self.values.shape
         names = [f"e{k}_{d}" for k in range(count) for d in range(dim)]
         index = pd.Index(self.user_ids, name="user_id")
-        return pd.DataFrame(self.values.reshape(n, -1).astype(np.float32), index=index, columns=names)
+        return pd.DataFrame(
+            self.values.reshape(n, -1).astype(np.float32), index=index, columns=names
+        )
 
-    def lookup(self, user_ids: Sequence[int] | Sequence[str] | np.ndarray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    def lookup(
+        self, user_ids: Sequence[int] | Sequence[str] | np.ndarray | pa.Array
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Values (m, K, D) float16 of the named users, and a mask (m,) of who has any.
 
         Users may repeat. Who has none gets zeros: use the mask, not the zeros.
         """
-        wanted = user_ids if isinstance(user_ids, pa.Array | pa.ChunkedArray) else pa.array(user_ids, self.ids.type)
+        wanted = (
+            user_ids
+            if isinstance(user_ids, pa.Array | pa.ChunkedArray)
+            else pa.array(user_ids, self.ids.type)
+        )
         at = pc.index_in(wanted.cast(self.ids.type), value_set=self.ids)
         if isinstance(at, pa.ChunkedArray):
             at = at.combine_chunks()
@@ -133,12 +143,16 @@ def read_embeddings(
     rows = lake.read("user_embeddings", days=[ds], model=model, columns=columns, version=version)
     where = f"user_embeddings of {model} on {ds} (version {version})"
     if rows.num_rows == 0:
-        raise DataError(f"{where} has no users: publish a day that has events in the window before it")
+        raise DataError(
+            f"{where} has no users: publish a day that has events in the window before it"
+        )
     single = {}
     for column in ("snapshot", "embeddings", "dim"):
         found = pc.unique(rows.column(column)).to_pylist()
         if len(found) != 1:
-            raise DataError(f"{where} mixes {column} {found[0]} and {found[1]}: publish the day again")
+            raise DataError(
+                f"{where} mixes {column} {found[0]} and {found[1]}: publish the day again"
+            )
         single[column] = found[0]
     ids = rows.column("user_id").combine_chunks()
     return UserEmbeddings(
@@ -164,7 +178,9 @@ def encode(values: np.ndarray) -> pa.ChunkedArray:
         half = np.ascontiguousarray(values, dtype=_HALF)
     if not np.isfinite(half).all():
         row = int(np.flatnonzero(~np.isfinite(half).all(axis=(1, 2)))[0])
-        raise DataError(f"embedding of row {row} is not finite in float16: look at the snapshot's training")
+        raise DataError(
+            f"embedding of row {row} is not finite in float16: look at the snapshot's training"
+        )
     width = half.shape[1] * half.shape[2] * _HALF.itemsize
     step = max(1, _CHUNK_BYTES // max(width, 1))
     chunks = []
@@ -187,12 +203,16 @@ def decode(column: pa.ChunkedArray | pa.Array, count: int, dim: int) -> np.ndarr
     parts = []
     for chunk in chunks:
         lengths = pc.binary_length(chunk)
-        if chunk.null_count or not pc.all(pc.equal(lengths, width)).as_py() and len(chunk):
-            raise DataError(f"an embedding is not {width} bytes long, as {count} x {dim} float16 are: publish again")
+        if chunk.null_count or (not pc.all(pc.equal(lengths, width)).as_py() and len(chunk)):
+            raise DataError(
+                f"an embedding is not {width} bytes long, as {count} x {dim} float16 are: publish again"
+            )
         if not len(chunk):
             continue
         first = np.frombuffer(chunk.buffers()[1], dtype=np.int32)[chunk.offset]
-        flat = np.frombuffer(chunk.buffers()[2], dtype=_HALF, count=len(chunk) * count * dim, offset=int(first))
+        flat = np.frombuffer(
+            chunk.buffers()[2], dtype=_HALF, count=len(chunk) * count * dim, offset=int(first)
+        )
         parts.append(flat.reshape(len(chunk), count, dim))
     if not parts:
         return np.empty((0, count, dim), dtype=_HALF)

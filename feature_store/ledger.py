@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -115,9 +115,9 @@ def append(uri: str, partition: Partition) -> None:
         write_deltalake(table, data, mode="append")
 
     def compact() -> None:
-        filters = [("table", "=", partition.table)]
+        filters: list[tuple[str, str, Any]] = [("table", "=", partition.table)]
         table = DeltaTable(uri)
-        if len(table.file_uris(partition_filters=filters)) >= _COMPACT_AT_FILES:
+        if len(table.file_uris(file_pruning_predicate=filters)) >= _COMPACT_AT_FILES:
             table.optimize.compact(partition_filters=filters)
 
     retry_on_conflict(write)
@@ -130,7 +130,7 @@ def newest(uri: str, table: str, model: str) -> dict[str, Partition]:
 
     if not DeltaTable.is_deltatable(uri):
         return {}
-    dataset = DeltaTable(uri).to_pyarrow_dataset(partitions=[("table", "=", table)])
+    dataset = DeltaTable(uri).to_pyarrow_dataset(file_pruning_predicate=[("table", "=", table)])
     rows = dataset.to_table().select(LEDGER.names).to_pylist()
     found: dict[str, Partition] = {}
     for row in sorted(rows, key=lambda r: (r["ds"], r["version"], r["written_at"])):

@@ -32,11 +32,17 @@ from feature_store.tables import contract
 if TYPE_CHECKING:
     import pandas as pd
     from great_expectations import ExpectationSuite
-    from great_expectations.core import ExpectationSuiteValidationResult, ExpectationValidationResult
+    from great_expectations.core import (
+        ExpectationSuiteValidationResult,
+        ExpectationValidationResult,
+    )
 
+_importing = threading.Lock()
 _BATCH_ROWS = 65_536
 _SHOWN = 3
-_MICROSECONDS = "times are UTC microseconds; look at their unit, and at the day that the rows are sent to"
+_MICROSECONDS = (
+    "times are UTC microseconds; look at their unit, and at the day that the rows are sent to"
+)
 _REMEDIES = {
     "incomplete": "drop these rows at the source, or give them the missing value of their kind",
     "out_of_range": "mend these values at the source",
@@ -48,7 +54,9 @@ _REMEDIES = {
 
 def warm_up() -> threading.Thread:
     """Import Great Expectations in the background; `join` the thread before using it."""
-    thread = threading.Thread(target=_great_expectations, name="import great_expectations", daemon=True)
+    thread = threading.Thread(
+        target=_great_expectations, name="import great_expectations", daemon=True
+    )
     thread.start()
     return thread
 
@@ -74,7 +82,9 @@ def suite(dataset: Dataset, table: str, ds: str) -> ExpectationSuite:
 
     def names(column: str, known: list[str]) -> Any:
         remedy = "declare the name in the spec, or drop the rows"
-        return gxe.ExpectColumnValuesToBeInSet(column=column, value_set=known, meta={"remedy": remedy})
+        return gxe.ExpectColumnValuesToBeInSet(
+            column=column, value_set=known, meta={"remedy": remedy}
+        )
 
     def not_after(first: str, second: str, remedy: str) -> Any:
         return gxe.ExpectColumnPairValuesAToBeGreaterThanB(
@@ -87,35 +97,50 @@ def suite(dataset: Dataset, table: str, ds: str) -> ExpectationSuite:
         )
 
     found: list[Any] = [
-        gxe.ExpectColumnValuesToBeNull(column=kind, meta={"remedy": _REMEDIES[kind]}) for kind in FAULTS[table]
+        gxe.ExpectColumnValuesToBeNull(column=kind, meta={"remedy": _REMEDIES[kind]})
+        for kind in FAULTS[table]
     ]
     duplicates = {"remedy": "drop duplicates by the key before publishing"}
     if len(shape.key) == 1:
         found.append(gxe.ExpectColumnValuesToBeUnique(column=shape.key[0], meta=duplicates))
     else:
-        found.append(gxe.ExpectCompoundColumnsToBeUnique(column_list=list(shape.key), meta=duplicates))
+        found.append(
+            gxe.ExpectCompoundColumnsToBeUnique(column_list=list(shape.key), meta=duplicates)
+        )
     for column, kind in (("user_id", dataset.user_id_type), ("item_id", dataset.item_id_type)):
         remedy = "an id is not negative and not empty; drop the row at the source, or give it an id"
         if column in plain or column in shape.key:
             found.append(
                 between(column, 0, None, remedy)
                 if kind is IdType.INT64
-                else gxe.ExpectColumnValueLengthsToBeBetween(column=column, min_value=1, meta={"remedy": remedy})
+                else gxe.ExpectColumnValueLengthsToBeBetween(
+                    column=column, min_value=1, meta={"remedy": remedy}
+                )
             )
     if table == "events":
         found += [
             names("stream", [s.name for s in dataset.streams]),
             between("available_time", start, end - 1, _MICROSECONDS),
             between("event_time", YEAR_2000_US, YEAR_2100_US, _MICROSECONDS),
-            not_after("event_time", "available_time", "available_time is max(event_time, ingest_time) + delay"),
-            not_after("ingest_time", "available_time", "available_time is max(event_time, ingest_time) + delay"),
+            not_after(
+                "event_time",
+                "available_time",
+                "available_time is max(event_time, ingest_time) + delay",
+            ),
+            not_after(
+                "ingest_time",
+                "available_time",
+                "available_time is max(event_time, ingest_time) + delay",
+            ),
         ]
     elif table == "impressions":
         found += [
             names("target", [t.name for t in dataset.targets]),
             between("as_of", start, end - 1, _MICROSECONDS),
             between("time", YEAR_2000_US, YEAR_2100_US, _MICROSECONDS),
-            not_after("as_of", "time", "features look at nothing after as_of, which is at or before time"),
+            not_after(
+                "as_of", "time", "features look at nothing after as_of, which is at or before time"
+            ),
         ]
     elif table == "labels":
         shown = sorted({shift(ds, -t.matures_after) for t in dataset.tasks})
@@ -124,7 +149,9 @@ def suite(dataset: Dataset, table: str, ds: str) -> ExpectationSuite:
         found.append(between("part", 0, None, "parts of a user-day count from 0"))
     elif table == "item_aggregates":
         last = (end - 1) // HOUR_US
-        found.append(between("hour", start // HOUR_US, last, "hours since the epoch, UTC, of this day"))
+        found.append(
+            between("hour", start // HOUR_US, last, "hours since the epoch, UTC, of this day")
+        )
     elif table == "truth":
         found += [
             names("task", [t.name for t in dataset.tasks]),
@@ -151,36 +178,50 @@ def validate(
         QualityError: names table, day, expectation, value and a few offending keys.
     """
     rows = _frame(dataset, table, ds, data)
-    gx, context = _great_expectations()
+    context = _great_expectations()
     name = f"{dataset.name}.{table}"
     source = context.data_sources.add_or_update_pandas("staged")
     batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe(ds)
     result = batch.get_batch({"dataframe": rows}).validate(
-        suite(dataset, table, ds), result_format={"result_format": "SUMMARY", "partial_unexpected_count": 20}
+        suite(dataset, table, ds),
+        result_format={"result_format": "SUMMARY", "partial_unexpected_count": 20},
     )
-    _keep_page(result, docs_root, Path(table) / model, ds, title=f"{name} {model} {ds}".replace("  ", " "))
+    _keep_page(
+        result, docs_root, Path(table) / model, ds, title=f"{name} {model} {ds}".replace("  ", " ")
+    )
     failed = [r for r in result.results if not r.success]
     if failed:
         raise QualityError(_sentence(dataset, table, ds, model, rows, failed))
 
 
+def _great_expectations() -> Any:
+    with _importing:  # several threads may want it at once
+        return _context()
+
+
 @cache
-def _great_expectations() -> tuple[Any, Any]:
-    """The module and an ephemeral context that reports to nobody and draws no progress bars."""
+def _context() -> Any:
+    """An ephemeral context that reports to nobody and draws no progress bars."""
     # Set before the import, which reads it; an ephemeral context keeps no other configuration.
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     gx = importlib.import_module("great_expectations")
     base = importlib.import_module("great_expectations.data_context.types.base")
     context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = base.ProgressBarsConfig(globally=False, metric_calculations=False)
-    return gx, context
+    context.variables.progress_bars = base.ProgressBarsConfig(
+        globally=False, metric_calculations=False
+    )
+    return context
 
 
 def _frame(dataset: Dataset, table: str, ds: str, data: pads.Dataset) -> pd.DataFrame:
     partitioned_by = contract(dataset, table).partitioned_by
     columns = [n for n in contract(dataset, table).schema.names if n not in partitioned_by]
-    empty = pa.RecordBatch.from_pylist([], schema=pa.schema([data.schema.field(c) for c in columns]))
-    scanner = data.scanner(columns=columns, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=1)
+    empty = pa.RecordBatch.from_pylist(
+        [], schema=pa.schema([data.schema.field(c) for c in columns])
+    )
+    scanner = data.scanner(
+        columns=columns, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=1
+    )
     batches = [checked(dataset, table, ds, b) for b in scanner.to_batches() if b.num_rows]
     narrow = pa.Table.from_batches(batches or [checked(dataset, table, ds, empty)])
     return narrow.unify_dictionaries().to_pandas()
@@ -196,7 +237,9 @@ def _sentence(
 ) -> str:
     first = failed[0]
     config, outcome = first.expectation_config, first.result
-    arguments = {k: v for k, v in config.kwargs.items() if k not in ("batch_id", "strict_min", "strict_max")}
+    arguments = {
+        k: v for k, v in config.kwargs.items() if k not in ("batch_id", "strict_min", "strict_max")
+    }
     columns = [arguments.pop(k) for k in ("column", "column_A", "column_B") if k in arguments]
     columns = arguments.pop("column_list", columns)
     limits = ", ".join(f"{k} {v}" for k, v in arguments.items() if v is not None)
@@ -207,7 +250,8 @@ def _sentence(
         bad = _offending(rows, columns, values)
         key = list(contract(dataset, table).key)
         keys = "; ".join(
-            ", ".join(f"{k} {v}" for k, v in row.items()) for row in bad[key].head(_SHOWN).to_dict("records")
+            ", ".join(f"{k} {v}" for k, v in row.items())
+            for row in bad[key].head(_SHOWN).to_dict("records")
         )
         what = f"fails for {count}, value {shown}, at {keys}"
     elif "observed_value" in outcome:
@@ -237,7 +281,10 @@ def _keep_page(
     from great_expectations.render.renderer import ValidationResultsPageRenderer
     from great_expectations.render.view import DefaultJinjaPageView
 
-    result.meta["run_id"] = {"run_name": title, "run_time": result.meta["batch_markers"]["ge_load_time"]}
+    result.meta["run_id"] = {
+        "run_name": title,
+        "run_time": result.meta["batch_markers"]["ge_load_time"],
+    }
     page = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result))
     home = docs_root / folder
     home.mkdir(parents=True, exist_ok=True)
@@ -257,7 +304,10 @@ def _index(docs_root: Path) -> str:
         style = ' style="color:#b00020"' if path.name.endswith(".refused.html") else ""
         entry = f'<a href="{html.escape(str(link))}"{style}>{html.escape(path.stem)}</a>'
         tables.setdefault(str(link.parent), []).append(entry)
-    rows = "".join(f"<tr><th>{html.escape(t)}</th><td>{' '.join(links)}</td></tr>" for t, links in tables.items())
+    rows = "".join(
+        f"<tr><th>{html.escape(t)}</th><td>{' '.join(links)}</td></tr>"
+        for t, links in tables.items()
+    )
     return (
         '<!doctype html><meta charset="utf-8"><title>Data quality</title>'
         "<style>body{font:15px sans-serif;margin:2em}th{text-align:left;padding:.4em 1em .4em 0;"
