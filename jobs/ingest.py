@@ -157,7 +157,8 @@ def run(context: JobContext) -> None:
                 frame.write.parquet(
                     f"{folder}/{table}"
                 )  # the source is read once, whatever it costs
-                frames[table] = context.spark.read.parquet(f"{folder}/{table}")
+                # an empty frame may leave no file behind to read the columns from
+                frames[table] = context.spark.read.schema(frame.schema).parquet(f"{folder}/{table}")
             counts = summary(frames).collect()
         except PySparkException as error:
             if not any(marker in str(error) for marker in _UNREADABLE):
