@@ -110,9 +110,7 @@ def stages(dataset: Dataset) -> tuple[Stage, ...]:
             name=f"downstream_{task.name}",
             dag_id=f"{dataset.name}_downstream_{task.name}",
             waits=(Wait(asset=asset("user_embeddings")),),
-            steps=(
-                Step(name="train", jobs=("train_downstream",), task=task.name, on_device=True),
-            ),
+            steps=(Step(name="train", jobs=("train_downstream",), task=task.name, on_device=True),),
             emits=(),
             priority=1,
         )

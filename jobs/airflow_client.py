@@ -80,7 +80,8 @@ class AirflowClient:
                 continue
             if answer.is_error:
                 raise AirflowError(
-                    f"{method} {path}: {answer.status_code}: {answer.text[:500]}", answer.status_code
+                    f"{method} {path}: {answer.status_code}: {answer.text[:500]}",
+                    answer.status_code,
                 )
             return answer.json() if answer.content else None
         raise AirflowError(f"{method} {path} failed {_TRIES} times, last {problem}")
@@ -119,7 +120,12 @@ class AirflowClient:
 
     def unpause(self, dag_id: str) -> None:
         """A paused DAG loses asset events for ever."""
-        self.request("PATCH", f"/dags/{dag_id}", params={"update_mask": "is_paused"}, json={"is_paused": False})
+        self.request(
+            "PATCH",
+            f"/dags/{dag_id}",
+            params={"update_mask": "is_paused"},
+            json={"is_paused": False},
+        )
 
     def set_pool(self, name: str, slots: int, description: str) -> None:
         """Create or resize a pool."""
@@ -132,7 +138,10 @@ class AirflowClient:
             self.request("PATCH", f"/pools/{name}", json=body | {"pool": name})
 
     def runs(
-        self, dag_ids: Sequence[str], states: Sequence[str] = (), ended_since: datetime | None = None
+        self,
+        dag_ids: Sequence[str],
+        states: Sequence[str] = (),
+        ended_since: datetime | None = None,
     ) -> list[DagRun]:
         """Runs of `dag_ids`, those in `states` or ended since then where given."""
         body: dict[str, Any] = {"dag_ids": list(dag_ids)}
@@ -154,7 +163,10 @@ class AirflowClient:
         ]
 
     def tasks(
-        self, dag_ids: Sequence[str], states: Sequence[str] = (), ended_since: datetime | None = None
+        self,
+        dag_ids: Sequence[str],
+        states: Sequence[str] = (),
+        ended_since: datetime | None = None,
     ) -> list[TaskRun]:
         """Tasks of runs of `dag_ids`, those in `states` or ended since then where given."""
         body: dict[str, Any] = {"dag_ids": list(dag_ids)}
@@ -204,7 +216,9 @@ class AirflowClient:
 
     def trigger(self, dag_id: str, day: str) -> None:
         """Start a run of a day."""
-        self.request("POST", f"/dags/{dag_id}/dagRuns", json={"logical_date": None, "partition_key": day})
+        self.request(
+            "POST", f"/dags/{dag_id}/dagRuns", json={"logical_date": None, "partition_key": day}
+        )
 
     def restart(self, run: DagRun) -> None:
         """Run the failed tasks of a run again and what follows them in it; all, where it failed unstarted."""
@@ -219,7 +233,9 @@ class AirflowClient:
         Raises:
             AirflowError: no DAG declares the asset.
         """
-        found = self.request("GET", "/assets", params={"name_pattern": asset, "limit": _PAGE})["assets"]
+        found = self.request("GET", "/assets", params={"name_pattern": asset, "limit": _PAGE})[
+            "assets"
+        ]
         ids = [a["id"] for a in found if a["name"] == asset]
         if not ids:
             raise AirflowError(f"asset {asset!r} is not known to Airflow")

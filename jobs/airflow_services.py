@@ -117,7 +117,9 @@ class AirflowServices:
                 env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False,
             ).returncode  # fmt: skip
         if code:
-            raise ServiceError(f"airflow db migrate exited with {code}: see {self._log_path('migrate')}")
+            raise ServiceError(
+                f"airflow db migrate exited with {code}: see {self._log_path('migrate')}"
+            )
         marker.write_text(current)
 
     def settle(self, dag_ids: Iterable[str] = ()) -> None:
@@ -135,7 +137,9 @@ class AirflowServices:
             "SELECT id FROM asset_partition_dag_run "
             f"WHERE created_dag_run_id IS NULL AND target_dag_id IN ({marks})"
         )
-        keys = f"DELETE FROM partitioned_asset_key_log WHERE asset_partition_dag_run_id IN ({waiting})"
+        keys = (
+            f"DELETE FROM partitioned_asset_key_log WHERE asset_partition_dag_run_id IN ({waiting})"
+        )
         with contextlib.closing(sqlite3.connect(self._database)) as database, database:
             database.execute("UPDATE job SET state = 'failed' WHERE state = 'running'")
             database.execute(keys, ids)
@@ -176,7 +180,9 @@ class AirflowServices:
         self._until(ready, f"DAGs {', '.join(sorted(wanted))} are not parsed", "dag-processor")
 
     def start_scheduler(self) -> None:
-        """Start what starts tasks."""
+        """Start what starts tasks; nothing to do where it runs."""
+        if "scheduler" in self._processes:
+            return
         # It would serve task logs on every interface; the api-server reads them from the folder.
         self._spawn("scheduler", "scheduler", "--skip-serve-logs")
 
@@ -212,7 +218,7 @@ class AirflowServices:
         return self.home / "airflow.db"
 
     def _environment(self) -> dict[str, str]:
-        self.port = _free_port(_WEB_PORT)
+        self.port = free_port(_WEB_PORT)
         scratch = self.home / "tmp"
         scratch.mkdir(exist_ok=True)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW")}
@@ -307,7 +313,7 @@ def end_processes(home: Path) -> None:
     psutil.wait_procs(ours, timeout=STOP_SECONDS)
 
 
-def _free_port(wanted: int = 0) -> int:
+def free_port(wanted: int = 0) -> int:
     """`wanted` where it is free, otherwise any port that is."""
     for port in (wanted, 0):
         with contextlib.suppress(OSError), socket.socket() as probe:

@@ -89,7 +89,9 @@ class Progress:
         return f"{dag_id.removeprefix(self._plan.dataset.name + '_')}/{task_id}"
 
     def _table(self) -> Table:
-        table = Table(title=f"{self._plan.dataset.name}{' (simulated)' if self._plan.dataset.simulated else ''}")
+        table = Table(
+            title=f"{self._plan.dataset.name}{' (simulated)' if self._plan.dataset.simulated else ''}"
+        )
         table.add_column("day")
         for stage in self._plan.stages:
             table.add_column(stage.name)
@@ -100,7 +102,11 @@ class Progress:
                 pair = (stage.dag_id, day)
                 state = "cannot come" if pair in blocked else self._states.get(pair, "")
                 state = {DONE: "done", "queued": "", FAILED: "failed"}.get(state, state)
-                text = f"{state} {self._seconds[pair]:.0f} s" if state == "done" and pair in self._seconds else state
+                text = (
+                    f"{state} {self._seconds[pair]:.0f} s"
+                    if state == "done" and pair in self._seconds
+                    else state
+                )
                 if state == "running":
                     steps = [t for d, on, t in self._running if (d, on) == pair]
                     text = ", ".join(steps) or "running"

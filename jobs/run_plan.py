@@ -42,7 +42,9 @@ def choose_days(dataset: Dataset, first: str | None, last: str | None) -> list[s
         )
     if not last:
         if not dataset.simulated:
-            raise SpecError(f"TO is missing: name the last day to build, as in TO={shift(first, 6)}")
+            raise SpecError(
+                f"TO is missing: name the last day to build, as in TO={shift(first, 6)}"
+            )
         last = shift(first, SIMULATED_DAYS - 1)
     days = day_range(first, last)
     if not days:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pendulum
@@ -41,7 +41,10 @@ def chosen_stages(*prefixes: str) -> Iterator[tuple[Dataset, Stage]]:
 
 def command(dataset: Dataset, step: Step) -> list[str]:
     """The command line of a step; the day is a template."""
-    limits = [*(("--model", step.model) if step.model else ()), *(("--task", step.task) if step.task else ())]
+    limits = [
+        *(("--model", step.model) if step.model else ()),
+        *(("--task", step.task) if step.task else ()),
+    ]
     day = ["--ds", "{{ dag_run.partition_key }}"]
     return [sys.executable, "-m", "jobs", *step.jobs, "--dataset", dataset.name, *day, *limits]
 
@@ -67,8 +70,19 @@ def timetable(dataset: Dataset, stage: Stage) -> CronPartitionTimetable | Partit
     return PartitionedAssetTimetable(assets=condition, partition_mapper_config=mappers)
 
 
-def build(dataset: Dataset, stage: Stage, doc_md: str | None) -> DAG:
-    """The DAG of `stage`. Its assets are emitted by its last task, when every step is done."""
+def build(
+    dataset: Dataset,
+    stage: Stage,
+    doc_md: str | None,
+    *,
+    command: Callable[[Dataset, Step], list[str]] = command,
+) -> DAG:
+    """The DAG of `stage`. Its assets are emitted by its last task, when every step is done.
+
+    Args:
+        doc_md: the page that the user interface shows.
+        command: the command line of a step.
+    """
     by_clock = not stage.waits
     first_day = pendulum.parse(dataset.first_day)
     with DAG(

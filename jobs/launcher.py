@@ -1,0 +1,207 @@
+"""From a plan to runs: what is missing is started, watched, and told when it fails."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from feature_store.days import shift
+from jobs.airflow_client import ACTIVE, AirflowClient, AirflowError, DagRun
+from jobs.airflow_services import AirflowServices
+from jobs.progress import Progress
+from jobs.run_plan import DONE, Pair, Plan
+
+POLL_SECONDS = 2.0
+STALLED_SECONDS = 120  # nothing active, nothing changed for so long: the rest will not come
+RECENT = timedelta(seconds=15)
+FULL_LOOK_SECONDS = 60
+
+
+class Launcher:
+    """Starts what a plan needs and waits for it.
+
+    Args:
+        since: of pairs that are built again, only runs made since then (ISO instant) count; "": all.
+    """
+
+    def __init__(
+        self, plan: Plan, client: AirflowClient, services: AirflowServices, since: str
+    ) -> None:
+        self.plan = plan
+        self.client = client
+        self.services = services
+        self.since = since
+        self.runs: dict[Pair, DagRun] = {}
+        self.days: dict[tuple[str, str], str] = {}  # (DAG, run) -> day
+        self.told: set[tuple[str, str | None]] = set()
+
+    @property
+    def states(self) -> dict[Pair, str]:
+        """State of each pair's newest run."""
+        return {pair: run.state for pair, run in self.runs.items()}
+
+    def run(self) -> bool:
+        """Whether every pair is done in the end. Failures are told when they are seen."""
+        progress = Progress(self.plan)
+        try:
+            self.look()
+            done = sum(s == DONE for s in self.states.values())
+            if done:
+                progress.say(f"{done} of {len(self.plan.pairs)} were done before")
+            for pair in self.plan.failed(self.states):
+                progress.say(f"{pair[1]}  {pair[0]}  failed before: its failed tasks run again")
+                self.client.restart(self.runs[pair])
+            if not self.plan.over(self.states) or self.plan.failed(self.states):
+                self.begin()
+                self.services.start_scheduler()
+                self.look()
+                self.wait(progress)
+            return self.summary(progress)
+        finally:
+            progress.close()
+
+    def begin(self) -> None:
+        """Start what nothing else starts: backfills, pairs with all they wait for, and announcements."""
+        states = self.states
+        for first, last in _ranges(self.plan.by_clock(states)):
+            dag_id = self.plan.stages[0].dag_id
+            try:
+                self.client.backfill(dag_id, first, last, again=bool(self.since))
+            except AirflowError as error:
+                if error.status != 409:  # a backfill of a run before is still active
+                    raise
+                for day in self.plan.by_clock(states):
+                    if first <= day <= last:
+                        self.client.trigger(dag_id, day)
+        for dag_id, day in self.plan.ready(states):
+            self.client.trigger(dag_id, day)
+        for asset, day in self.plan.announcements(states):
+            self.client.post_event(asset, day)
+
+    def look(self, ended_since: datetime | None = None) -> bool:
+        """Read the runs (all, or those active or ended since then); whether anything changed."""
+        if ended_since is None:
+            found = self.client.runs(self.plan.dag_ids)
+        else:
+            found = self.client.runs(self.plan.dag_ids, states=ACTIVE)
+            found += self.client.runs(self.plan.dag_ids, ended_since=ended_since)
+        changed = False
+        for run in found:
+            self.days[run.dag_id, run.run_id] = run.day
+            pair = (run.dag_id, run.day)
+            if run.day not in self.plan.days or run.created < self.since:
+                continue
+            known = self.runs.get(pair)
+            if (
+                known is None
+                or run.created > known.created
+                or (run.run_id == known.run_id and run != known)
+            ):
+                changed = (
+                    changed
+                    or known is None
+                    or run.state != known.state
+                    or run.run_id != known.run_id
+                )
+                self.runs[pair] = run
+        return changed
+
+    def wait(self, progress: Progress) -> None:
+        """Poll until every pair is done, failed or cannot come, or nothing happens any more."""
+        last_change = last_full = time.monotonic()
+        while True:
+            self.services.check()
+            now = time.monotonic()
+            full = now - last_full > FULL_LOOK_SECONDS
+            changed = self.look(None if full else datetime.now(UTC) - RECENT)
+            last_full = now if full else last_full
+            self._tasks(progress)
+            states = self.states
+            progress.pairs(states, {p: r.seconds for p, r in self.runs.items() if r.seconds})
+            for pair in self.plan.failed(states):
+                self._tell(progress, self.runs[pair])
+            if changed or any(s in ACTIVE for s in states.values()):
+                last_change = now
+            if self.plan.over(states) or now - last_change > STALLED_SECONDS:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _tasks(self, progress: Progress) -> None:
+        tasks = self.client.tasks(self.plan.dag_ids, states=("running", "up_for_retry"))
+        tasks += self.client.tasks(self.plan.dag_ids, ended_since=datetime.now(UTC) - RECENT)
+        for task in tasks:
+            day = self.days.get((task.dag_id, task.run_id))
+            if day in self.plan.days:
+                progress.task(day, task)
+
+    def _tell(self, progress: Progress, run: DagRun) -> None:
+        """Say once why a run failed, and where its log is."""
+        if (run.run_id, run.ended) in self.told:
+            return
+        self.told.add((run.run_id, run.ended))
+        for task in self.client.tasks([run.dag_id], states=("failed",)):
+            if task.run_id == run.run_id:
+                log = self.services.task_log(task)
+                progress.say(
+                    f"{run.day}  {run.dag_id}/{task.task_id} FAILED: {last_error(log)}\n          log: {log}"
+                )
+
+    def summary(self, progress: Progress) -> bool:
+        """Say what is missing; whether nothing is."""
+        states = self.states
+        missing = [p for p in self.plan.pairs if states.get(p) != DONE]
+        if not missing:
+            return True
+        blocked, failed = self.plan.blocked(states), self.plan.failed(states)
+        lost = [p for p in missing if p not in blocked and p not in failed]
+
+        def named(pairs: list[Pair]) -> str:
+            shown = ", ".join(f"{dag_id} {day}" for dag_id, day in pairs[:8])
+            return shown + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
+
+        if failed:
+            progress.say(f"failed: {named(failed)}")
+        if blocked:
+            progress.say(
+                f"could not come, as what they wait for failed: {named([p for p in missing if p in blocked])}"
+            )
+        if lost:
+            progress.say(f"did not come although nothing failed: {named(lost)}")
+        progress.say("mend the cause and give the same command again: it goes on from here")
+        return False
+
+
+def last_error(log: Path) -> str:
+    """The message that a task's log (one JSON object a line) ends in."""
+    found = "no message"
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return "there is no log"
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        text = str(record.get("event", ""))
+        if text.startswith("error:"):
+            found = text
+        for detail in record.get("error_detail") or ():
+            found = str(detail.get("exc_value") or found)
+    return found
+
+
+def _ranges(days: list[str]) -> Iterator[tuple[str, str]]:
+    """Consecutive days as (first, last)."""
+    start = previous = ""
+    for day in days:
+        if not previous or shift(previous, 1) != day:
+            if previous:
+                yield start, previous
+            start = day
+        previous = day
+    if previous:
+        yield start, previous

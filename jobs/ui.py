@@ -1,0 +1,182 @@
+"""`make ui`: Airflow, MLflow and what runs left behind, served on loopback until Ctrl-C.
+
+Airflow comes with its scheduler, so that a task cleared in its pages runs. Where `make run` is
+going on, its Airflow is shown and the rest is served beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+from feature_store import datasets
+from feature_store.errors import HeadwaterError
+from jobs.airflow_services import AirflowServices, ServiceError, free_port, read_state
+from jobs.run import DEVICES_POOL, device_slots, services_for
+from jobs.run_plan import Plan
+from jobs.settings import REPOSITORY, Settings
+
+_MLFLOW_PORT, _FILES_PORT = 5000, 8081
+
+
+def main() -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        serve(Settings.from_env())
+    except HeadwaterError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+
+
+def serve(settings: Settings) -> None:
+    """Start everything, print the addresses and wait.
+
+    Raises:
+        ServiceError: a service does not start, or ended.
+    """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    files = _files(settings.home)
+    mlflow = _mlflow(settings)
+    services: AirflowServices | None = None
+    try:
+        print(f"Reports and Data Docs  http://127.0.0.1:{files.server_port}/", flush=True)
+        if mlflow is not None:
+            print(f"MLflow                 {mlflow[1]} (a few seconds)", flush=True)
+        services = services_for(settings, None, settings.source)
+        try:
+            services.acquire()
+        except ServiceError:
+            services = None
+            url = read_state(settings.airflow_home).get("url") or "starting; see the run's output"
+            print(f"Airflow                {url} (of the run that is going on)", flush=True)
+        if services is not None:
+            _airflow(services)
+            print(f"Airflow                {services.url}", flush=True)
+        print("Ctrl-C ends them", flush=True)
+        while True:
+            time.sleep(2)
+            if services is not None:
+                services.check()
+            if mlflow is not None and mlflow[0].poll() is not None:
+                raise ServiceError(f"mlflow ended: see {settings.home / 'mlflow' / 'server.log'}")
+    finally:
+        files.shutdown()
+        if mlflow is not None:
+            _end(mlflow[0])
+        if services is not None:
+            services.stop()
+
+
+def _airflow(services: AirflowServices) -> None:
+    services.migrate()
+    services.settle()
+    client = services.start_api()
+    client.set_pool(
+        DEVICES_POOL, device_slots(), "one slot per device: training and inference tasks"
+    )
+    plans = [Plan(datasets.get(name), ()) for name in datasets.names()]
+    services.wait_parsed(client, [dag_id for plan in plans for dag_id in plan.dag_ids])
+    services.start_scheduler()
+    client.close()
+
+
+def _mlflow(settings: Settings) -> tuple[subprocess.Popen[bytes], str] | None:
+    """MLflow's server over the store of `settings`; None where the store is somebody else's server."""
+    if "://" in settings.mlflow_uri and not settings.mlflow_uri.startswith("sqlite"):
+        print(f"MLflow                 {settings.mlflow_uri} (MLFLOW_TRACKING_URI)", flush=True)
+        return None
+    folder = settings.home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port(_MLFLOW_PORT)
+    command = [
+        sys.executable, "-m", "mlflow", "server",
+        "--backend-store-uri", settings.mlflow_uri,
+        "--default-artifact-root", settings.mlflow_artifacts.as_uri(),
+        "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+    ]  # fmt: skip
+    with (folder / "server.log").open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"},
+            start_new_session=True,
+        )  # fmt: skip
+    return process, f"http://127.0.0.1:{port}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    except ProcessLookupError:
+        process.wait()
+
+
+def _files(home: Path) -> http.server.ThreadingHTTPServer:
+    handler = functools.partial(_Pages, directory=str(home))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", free_port(_FILES_PORT)), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+class _Pages(http.server.SimpleHTTPRequestHandler):
+    """The folders `report` and `quality` under a home, and a page that lists them. Nothing else."""
+
+    def do_GET(self) -> None:
+        """Serve a file."""
+        path = self.path.split("?")[0]
+        if path == "/":
+            body = index(Path(self.directory)).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        elif Path(self.translate_path(path)).relative_to(self.directory).parts[0] in (
+            "report",
+            "quality",
+        ):
+            super().do_GET()
+        else:
+            self.send_error(404)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def index(home: Path) -> str:
+    """A page with a link to each report and each dataset's Data Docs."""
+    found = sorted(home.glob("report/*/index.html")) + sorted(home.glob("quality/*/**/index.html"))
+    kept: dict[tuple[str, str], Path] = {}
+    for path in sorted(found, key=lambda p: len(p.parts)):
+        what, dataset = path.relative_to(home).parts[:2]
+        kept.setdefault((what, dataset), path)
+    names = {"report": "report", "quality": "Data Docs"}
+    links = "".join(
+        f'<li><a href="/{quote(str(path.relative_to(home)))}">{html.escape(dataset)}: {names[what]}</a></li>'
+        for (what, dataset), path in sorted(kept.items())
+    )
+    return (
+        "<!doctype html><meta charset=utf-8><title>Headwater</title><h1>Headwater</h1>"
+        f"<ul>{links or '<li>nothing yet: make run</li>'}</ul><p>{html.escape(str(home))}, served from "
+        f"{html.escape(str(REPOSITORY))}</p>"
+    )
+
+
+if __name__ == "__main__":
+    main()
