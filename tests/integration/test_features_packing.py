@@ -1,0 +1,86 @@
+"""Packed user-days, unpacked, are what a naive join per target gives; parts lose nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given, settings
+
+from feature_store.days import HOUR_US, shift, start_us
+from tests import reference
+from tests.frames import assert_same, build_examples_of
+from tests.tiny import DAYS, TINY, World, event, make_world, target, worlds
+
+DS = DAYS[3]
+
+
+def _busy(world: World) -> list[int]:
+    rows = Counter(r["user_id"] for r in world.events[DS] + world.impressions[DS])
+    return [user for user, count in rows.items() if count > TINY.max_part_rows]
+
+
+@settings(max_examples=5)
+@given(world=worlds())
+def test_examples_equal_the_naive_reference(spark, world):
+    want = reference.examples(world.events, world.impressions, TINY, DS, first=False)
+    assert_same(build_examples_of(spark, world, DS), want, "examples")
+    assert_same(build_examples_of(spark, world, DS, busy=_busy(world)), want, "examples")
+
+
+@settings(max_examples=4)
+@given(world=worlds())
+def test_every_target_sees_the_newest_of_all_events_before_it(spark, world):
+    """Against a join per target that knows nothing of parts, states or packing."""
+    state = reference.states(world.events, TINY, shift(DS, -1))
+    shown = {t["target_id"]: t for t in world.impressions[DS]}
+    for row in build_examples_of(spark, world, DS):
+        held = state.get(row["user_id"], {})
+        for i, target_id in enumerate(row["targets__target_id"]):
+            as_of = shown.pop(target_id)["as_of"]
+            for stream in TINY.streams:
+                old = held.get(stream.name, [])
+                new = reference.unseen(world.events[DS], row["user_id"], stream.name, old)
+                known = [e["event_time"] for e in old + new if e["available_time"] < as_of]
+                end = row[f"targets__history_end__{stream.name}"][i]
+                seen = row[f"history__{stream.name}__event_time"][:end]
+                assert end == len(seen)
+                assert seen == known[len(known) - end :]
+                assert end >= min(stream.max_events, len(known))
+    assert not shown, "targets without a row"
+
+
+def test_a_busy_day_becomes_parts_and_a_part_without_targets_none(spark):
+    start = start_us(DS, TINY.utc_offset)
+    world = World()
+    world.events[DS] = [event(i, "view", 1, start + i * HOUR_US // 4, article=1) for i in range(16)]
+    world.impressions[DS] = [target(i, "ad", 1, start + i * 4 * HOUR_US, item_id=1) for i in (0, 1)]
+    rows = sorted(build_examples_of(spark, world, DS), key=lambda r: r["part"])
+    # timeline: target 0, events 0..3 | events 4..8 | ... | events 14, 15, target 1
+    assert [r["part"] for r in rows] == [0, 3]
+    assert [r["targets__target_id"] for r in rows] == [[0], [1]]
+    assert [r["targets__history_end__view"] for r in rows] == [[0], [6]]
+    times = [e["event_time"] for e in world.events[DS]]
+    assert rows[1]["history__view__event_time"] == times[10:]  # 4 before the part, its own 2
+
+
+def test_a_user_with_one_event_and_a_user_with_none(spark):
+    start = start_us(DS, TINY.utc_offset)
+    world = World()
+    world.events[DAYS[0]] = [event(1, "click", 1, start_us(DAYS[0], TINY.utc_offset), query=None)]
+    world.impressions[DS] = [target(i, "visit", i, start + HOUR_US) for i in (1, 2)]
+    one, none = sorted(build_examples_of(spark, world, DS), key=lambda r: r["user_id"])
+    assert one["history__click__query"] == [""]
+    assert one["history__click__article"] == [-1]
+    assert one["history__click__topic"] == [[0.0, 0.0]]
+    assert (one["targets__history_end__click"], none["targets__history_end__click"]) == ([1], [0])
+    assert (one["has_aggregates"], none["has_aggregates"]) == (1, 0)
+    assert none["history__click__event_time"] == []
+    assert none["targets__item_id"] == [-1]
+
+
+def test_a_day_without_events_or_without_targets(spark):
+    world = make_world(seed=1, users=3, events=60, targets=40)
+    quiet = World(events={**world.events, DS: []}, impressions=world.impressions)
+    want = reference.examples(quiet.events, quiet.impressions, TINY, DS, first=False)
+    assert_same(build_examples_of(spark, quiet, DS), want, "examples")
+    assert build_examples_of(spark, World(events=world.events), DS) == []

@@ -1,0 +1,154 @@
+"""Nothing at or after a target's `as_of` reaches its features: they do not move by a bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from feature_store.days import HOUR_US, end_us, micros, start_us
+from feature_store.spec import GivenLabel
+from jobs import build_aggregates
+from tests import reference
+from tests.frames import build_examples_of, frame, rows_of
+from tests.tiny import DAYS, TINY, Row, World, event, target, worlds
+
+DS = DAYS[2]
+
+
+def _features(rows: list[Row], target_id: int) -> Row:
+    """Everything that a model may see of one target: its row cut at its `history_end`."""
+    for row in rows:
+        if target_id not in row["targets__target_id"]:
+            continue
+        i = row["targets__target_id"].index(target_id)
+        seen = {k: reference.bits(v[i]) for k, v in row.items() if k.startswith("targets__")}
+        for stream in TINY.streams:
+            prefix = f"history__{stream.name}__"
+            end = row[f"targets__history_end__{stream.name}"][i]
+            seen |= {k: reference.bits(v[:end]) for k, v in row.items() if k.startswith(prefix)}
+        users = ("user__", "sparse__", "dense__", "has_")
+        return seen | {k: reference.bits(v) for k, v in row.items() if k.startswith(users)}
+    raise AssertionError(f"target {target_id} is in no row")
+
+
+def _poisoned(world: World, fixed: Row, seed: int) -> World:
+    """`world` with everything that is not known at the target's `as_of` deleted, changed or added to."""
+    rng, as_of = random.Random(seed), fixed["as_of"]
+    other = World()
+    number = 10_000
+
+    def put(row: Row) -> None:
+        other.events.get(row["ds"], []).append(row)
+
+    for row in (r for rows in world.events.values() for r in rows):
+        if row["available_time"] < as_of:
+            put(row)
+        elif rng.random() < 0.6:
+            put(
+                {
+                    **row,
+                    "article": rng.randrange(1, 7),
+                    "price": 9e9,
+                    "query": "poison",
+                    "user_id": 1,
+                }
+            )
+    for delay in (0, 0, 0, 1, HOUR_US, 5 * HOUR_US, 24 * HOUR_US):
+        for stream in TINY.streams:  # as early as it can be while being at or after `as_of`
+            number += 1
+            at = as_of + delay - micros(stream.delay)
+            put(
+                event(number, stream.name, fixed["user_id"], at, article=fixed["item_id"], device=7)
+            )
+    for row in (r for rows in world.impressions.values() for r in rows):
+        later = (row["as_of"], row["target_id"]) > (as_of, fixed["target_id"])
+        if not later:
+            other.impressions[row["ds"]].append(row)
+        elif rng.random() < 0.5:
+            other.impressions[row["ds"]].append({**row, "place": 2, "label__clicked": 1})
+    for _ in range(rng.randrange(8)):
+        number += 1
+        at = as_of + rng.randrange(1, 10) * HOUR_US
+        row = target(number, "ad", fixed["user_id"], at, item_id=1, place=1)
+        other.impressions.get(row["ds"], []).append(row)
+    return other
+
+
+@settings(max_examples=5)
+@given(world=worlds(), choice=st.integers(0, 2**16), seed=st.integers(0, 2**16))
+def test_features_of_a_target_do_not_move_when_what_came_later_does(spark, world, choice, seed):
+    targets = world.impressions[DS]
+    assume(targets)
+    fixed = targets[choice % len(targets)]
+    before = _features(build_examples_of(spark, world, DS), fixed["target_id"])
+    after = _features(
+        build_examples_of(spark, _poisoned(world, fixed, seed), DS), fixed["target_id"]
+    )
+    assert before == after
+
+
+def test_an_event_available_at_as_of_is_not_seen_and_one_a_microsecond_earlier_is(spark):
+    as_of = start_us(DS, TINY.utc_offset) + 10 * HOUR_US
+    world = World()
+    world.impressions[DS] = [target(1, "ad", 1, as_of, item_id=5)]
+    for number, at in ((10, as_of - 1), (11, as_of)):
+        world.events[DS].append(event(number, "view", 1, at, article=5))
+    (row,) = build_examples_of(spark, world, DS)
+    assert row["history__view__available_time"] == [as_of - 1, as_of]
+    assert row["targets__history_end__view"] == [1]
+
+
+def test_the_delay_of_a_stream_and_a_late_ingest_push_an_event_behind_as_of(spark):
+    as_of = start_us(DS, TINY.utc_offset) + 10 * HOUR_US
+    delay = micros(TINY.stream("click").delay)
+    world = World()
+    world.impressions[DS] = [target(1, "ad", 1, as_of, item_id=5)]
+    world.events[DS] = [
+        event(10, "click", 1, as_of - delay - 1, article=5),
+        event(11, "click", 1, as_of - delay, article=5),
+        event(12, "view", 1, as_of - 5 * HOUR_US, ingest=as_of, article=5),
+    ]
+    (row,) = build_examples_of(spark, world, DS)
+    assert row["targets__history_end__click"] == [1]
+    assert row["targets__history_end__view"] == [0]
+
+
+def test_item_features_see_closed_hours_only(spark):
+    hour = start_us(DS, TINY.utc_offset) + 10 * HOUR_US
+    world = World()
+    world.events[DS] = [event(10, "view", 2, hour, article=5)]
+    world.impressions[DS] = [
+        target(1, "ad", 1, hour + HOUR_US - 1, item_id=5),
+        target(2, "ad", 1, hour + HOUR_US, item_id=5),
+    ]
+    (row,) = build_examples_of(spark, world, DS)
+    assert row["targets__item__view_2h"][0] == 0
+    assert row["targets__item__age_h"][0] == -1
+    assert row["targets__item__view_2h"][1] > 0
+    assert row["targets__item__age_h"][1] == pytest.approx(0.6931472)  # log(1 + one hour)
+
+
+def test_user_features_stop_at_the_cutoff_of_the_nightly_job(spark):
+    cutoff = end_us(DAYS[1], TINY.utc_offset) - micros(TINY.serve_delay)
+    events = [event(i, "view", 1, cutoff + by, article=5) for i, by in enumerate((-1, 0, 1))]
+    (row,) = rows_of(build_aggregates.transform(frame(spark, events, "events"), TINY, DAYS[1]))
+    assert row["dense__views_1d"] == 1
+    assert row["sparse__viewed__scores"] == [1.0]
+
+
+def test_no_feature_reads_a_label(spark):
+    as_of = start_us(DS, TINY.utc_offset) + 10 * HOUR_US
+    columns = [t.label.column for t in TINY.tasks if isinstance(t.label, GivenLabel)]
+    rows = []
+    for answer in (None, 0, 1):
+        world = World()
+        labels = {f"label__{c}": answer for c in columns}
+        world.impressions[DS] = [target(1, "ad", 1, as_of, item_id=5, **labels)]
+        rows.append(build_examples_of(spark, world, DS))
+    assert reference.bits([list(r[0].values()) for r in rows[:1]]) == reference.bits(
+        [list(r[0].values()) for r in rows[1:2]]
+    )
+    assert reference.bits(list(rows[1][0].values())) == reference.bits(list(rows[2][0].values()))
