@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             parse_day(day)
     days = choose_days(dataset, args.first or None, args.last or None)
     source = args.source.expanduser().resolve() if args.source else settings.source
-    if source is not None and not source.is_dir():
+    if source is not None and not dataset.simulated and not source.is_dir():
         raise DataError(
             f"SOURCE is {str(source)!r}: there is no such folder; name the folder of the raw logs"
         )
