@@ -1,0 +1,397 @@
+"""The report: did the upstream models help the downstream tasks, by how much, and what did it cost.
+
+Reads what the run left behind (the ledger, each day's upstream evaluation, each downstream day's
+predictions) and writes `index.html` and the same figures as `report.json`; prints a table. Figures
+over several test days are made from the predictions of those days together, not from means of
+daily figures, so that their intervals are honest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from feature_store.spec import Dataset, Task
+from feature_store.tables import contracts
+from jobs.context import JobContext, main
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONTEXT_ARM, AGGREGATES_ARM = "context", "aggregates"
+
+
+def run(context: JobContext) -> None:
+    """Write the report on everything up to the context's day, print it and log it to MLflow."""
+    from rich.console import Console
+
+    from jobs.report_page import html, terminal
+
+    report = assemble(context)
+    folder = context.settings.report_dir(context.dataset.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = html(report)
+    for name, text in (("report.json", json.dumps(report, indent=1)), ("index.html", page)):
+        staging = folder / f".{name}"
+        staging.write_text(text)
+        staging.replace(folder / name)
+    _log(context, folder, report)
+    console = Console()
+    for table in terminal(report):
+        console.print(table)
+    print(f"report: {folder / 'index.html'}", flush=True)
+
+
+def assemble(context: JobContext) -> dict[str, Any]:
+    """Every figure of the report as JSON-ready values; None where there is nothing to say."""
+    dataset, ds = context.dataset, context.ds
+    partitions = _partitions(context)
+    built = [p for p in partitions if p["table"] == "events"] or partitions
+    days = sorted({p["ds"] for p in built})
+    tasks = [_task(context, task) for task in dataset.tasks]
+    upstream, by_day = _upstream(context)
+    ingested = [p["notes"] for p in partitions if p["table"] == "events"]
+    return {
+        "dataset": dataset.name,
+        "description": dataset.description,
+        "simulated": dataset.simulated,
+        "sampled_tasks": [t.name for t in dataset.tasks if t.sampled],
+        "first_day": days[0] if days else ds,
+        "last_day": days[-1] if days else ds,
+        "engines": sorted({p["engine"] for p in built}),
+        "code_versions": sorted({p["code_version"] for p in partitions}),
+        "spec_hash": dataset.hash,
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "budget": "once per test day and set of inputs, with the same seed and budget,",
+        "tasks": tasks,
+        "upstream": upstream,
+        "upstream_by_day": by_day,
+        "gates": _gates(context),
+        "embeddings": _embeddings(partitions),
+        "stages": _stages(dataset, partitions),
+        "ingest_notes": _sum_notes(ingested),
+    }
+
+
+def _partitions(context: JobContext) -> list[dict[str, Any]]:
+    """The newest ledger row of every partition up to the context's day."""
+    found = []
+    for table in contracts(context.dataset).values():
+        models = context.dataset.models if "model" in table.partitioned_by else ("",)
+        for model in models:
+            found += [asdict(p) for p in context.lake.partitions(table.name, model).values()]
+    return sorted(
+        (p for p in found if p["ds"] <= context.ds), key=lambda p: (p["table"], p["model"], p["ds"])
+    )
+
+
+# ---- downstream
+
+
+def _task(context: JobContext, task: Task) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": task.name,
+        "description": task.description,
+        "sampled": task.sampled,
+        "days": [],
+        "arms": [],
+        "oracle": None,
+        "why_not": "no downstream model was tested: too few matured days with embeddings",
+    }
+    root = context.settings.downstream_dir(context.dataset.name, task.name)
+    results = {
+        p.parent.name: json.loads(p.read_text())
+        for p in sorted(root.glob("*/result.json"))
+        if p.parent.name <= context.ds
+    }
+    results = {ds: r for ds, r in results.items() if r.get("arms")}
+    if not results:
+        return found
+    frames = {r["test_ds"]: _predictions(root / ds, r) for ds, r in results.items()}
+    return found | _compare(context, task, results, frames)
+
+
+def _predictions(folder: Path, result: Mapping[str, Any]) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = pd.read_parquet(folder / "predictions.parquet")
+    frame["test_day"] = result["test_day"]
+    frame["base_rate"] = result["base_rate"]
+    return frame
+
+
+def _compare(
+    context: JobContext,
+    task: Task,
+    results: Mapping[str, Mapping[str, Any]],
+    frames: Mapping[str, pd.DataFrame],
+) -> dict[str, Any]:
+    """Every arm over all test days together."""
+    import pandas as pd
+
+    newest = results[max(results)]
+    names = [n for n in newest["arms"] if all(n in f for f in frames.values())]
+    rows = pd.concat(frames.values(), ignore_index=True)
+    truth = _truth(context, task, sorted(frames), rows)
+    rate = float(rows["base_rate"].mean())
+    arms = [
+        {
+            "name": name,
+            "title": newest["arms"][name]["title"],
+            **_metrics(rows, rows[name], rate),
+            "to_context": _difference(rows, name, CONTEXT_ARM, rate),
+            "to_aggregates": _difference(rows, name, AGGREGATES_ARM, rate),
+            "by_day": {
+                day: _metrics(f, f[name], float(f["base_rate"].iloc[0]))["ne"]
+                for day, f in frames.items()
+            },
+        }
+        for name in names
+    ]
+    oracle = None if truth is None else _metrics(rows, truth, rate)
+    for arm in arms:
+        arm["attainable"] = None if oracle is None else _share(arm["ne"], oracle["ne"])
+        arm["best"] = arm["ne"] is not None and arm["ne"] == min(
+            a["ne"] for a in arms if a["ne"] is not None
+        )
+    importance = newest.get("importance", {}).get("ranking", [])
+    return {
+        "days": sorted(frames),
+        "targets": len(rows),
+        "users": int(rows["user_id"].nunique()),
+        "base_rate": rate,
+        "test_rate": float(rows["label"].mean()),
+        "train_days": newest["train_days"],
+        "users_share": newest["users_share"],
+        "arms": arms,
+        "oracle": oracle,
+        "importance": [
+            {
+                "rank": i["rank"],
+                "name": i["feature"],
+                "loss": i["ne_increase"],
+                "embedding": i["feature"].endswith(" embeddings"),
+            }
+            for i in importance
+        ],
+        "importance_day": newest["test_day"],
+    }
+
+
+def _metrics(rows: pd.DataFrame, predictions: pd.Series, rate: float) -> dict[str, float | None]:
+    from models import metrics
+
+    found = metrics.summary(rows["label"], predictions, rate)
+    return {
+        name: _number(found[key])
+        for name, key in (
+            ("ne", "ne"),
+            ("ne_shifted", "shifted_ne"),
+            ("auc", "auc"),
+            ("calibration", "calibration"),
+        )
+    }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if isfinite(value) else None
+
+
+def _share(ne: float | None, oracle_ne: float | None) -> float | None:
+    """Which share of the gain that the truth has over the base rate."""
+    if ne is None or oracle_ne is None or oracle_ne >= 1:
+        return None
+    return (1 - ne) / (1 - oracle_ne)
+
+
+def _difference(rows: pd.DataFrame, arm: str, to: str, rate: float) -> dict[str, float] | None:
+    from models import metrics
+
+    if arm == to or to not in rows:
+        return None
+    found = metrics.bootstrap_ne_difference(
+        rows["label"], rows[arm], rows[to], rows["user_id"], rate
+    )
+    return asdict(found) if isfinite(found.mean) else None
+
+
+def _truth(
+    context: JobContext, task: Task, days: Sequence[str], rows: pd.DataFrame
+) -> pd.Series | None:
+    """The probability that each row's label was drawn with; None where nobody knows it."""
+    if not context.dataset.simulated:
+        return None
+    known = context.lake.read(
+        "truth", days=list(days), columns=["target_id", "task", "probability"]
+    )
+    frame = known.to_pandas()
+    probability = frame[frame["task"] == task.name].set_index("target_id")["probability"]
+    return rows["target_id"].map(probability)
+
+
+# ---- upstream
+
+
+def _upstream(
+    context: JobContext,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, list[tuple[str, float]]]]]:
+    """Progressive validation: per model and task over all days, and NE by day."""
+    import pandas as pd
+
+    dataset = context.dataset
+    table: list[dict[str, Any]] = []
+    by_day: dict[str, dict[str, list[tuple[str, float]]]] = {t.name: {} for t in dataset.tasks}
+    for model in dataset.models:
+        days = _model_days(context, model)
+        for task in dataset.tasks:
+            found = {
+                ds: r["evaluation"][task.name]
+                for ds, r in days.items()
+                if task.name in r["evaluation"]
+            }
+            found = {ds: f for ds, f in found.items() if f["ne"] is not None}
+            if not found:
+                continue
+            by_day[task.name][model] = [(f["shown_ds"], f["ne"]) for f in found.values()]
+            frames = []
+            for ds, values in found.items():
+                path = context.settings.snapshot_dir(dataset.name, model, ds) / "evaluation.parquet"
+                frame = pd.read_parquet(path, filters=[("task", "==", task.name)])
+                frames.append(frame.assign(base_rate=values["base_rate"]))
+            rows = pd.concat(frames, ignore_index=True)
+            rate = float(rows["base_rate"].mean())
+            shown = [f["shown_ds"] for f in found.values()]
+            truth = _truth(context, task, shown, rows)
+            oracle = None if truth is None else _metrics(rows, truth, rate)["ne"]
+            mine = _metrics(rows, rows["prediction"], rate)
+            table.append(
+                {
+                    "model": model,
+                    "task": task.name,
+                    "days": len(found),
+                    **mine,
+                    "oracle_ne": oracle,
+                    "attainable": _share(mine["ne"], oracle),
+                }
+            )
+    return table, {task: models for task, models in by_day.items() if models}
+
+
+def _model_days(context: JobContext, model: str) -> dict[str, dict[str, Any]]:
+    root = context.settings.snapshot_dir(context.dataset.name, model, context.ds).parent
+    found = {p.parent.name: json.loads(p.read_text()) for p in sorted(root.glob("*/result.json"))}
+    return {ds: r for ds, r in found.items() if ds <= context.ds}
+
+
+def _gates(context: JobContext) -> list[dict[str, Any]]:
+    """Each day's decision on each model's candidate."""
+    return [
+        {
+            "model": model,
+            "ds": ds,
+            "champion": r["champion"],
+            "accepted": r["gate"]["accepted"],
+            "reason": r["gate"]["reason"],
+            "candidate_ne": r["gate"]["ne"]["candidate"],
+            "champion_ne": r["gate"]["ne"]["champion"],
+            "targets": r["training"]["targets"],
+            "rate": r["training"]["targets_per_second"],
+        }
+        for model in context.dataset.models
+        for ds, r in _model_days(context, model).items()
+    ]
+
+
+def _embeddings(partitions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each published partition: coverage, norm and drift as the publisher recorded them."""
+    return [
+        {
+            "model": p["model"],
+            "ds": p["ds"],
+            "snapshot": p["notes"].get("snapshot", ""),
+            "users": p["rows"],
+            "coverage": p["notes"].get("coverage"),
+            "norm": p["notes"].get("norm_mean"),
+            "cosine_raw": p["notes"].get("cosine"),
+            "cosine_pooled": p["notes"].get("cosine_pooled"),
+        }
+        for p in partitions
+        if p["table"] == "user_embeddings"
+    ]
+
+
+# ---- cost
+
+
+def _stages(dataset: Dataset, partitions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows, bytes and seconds of each table, in the order in which a day builds them."""
+    order = [
+        "events",
+        "impressions",
+        "truth",
+        "sequences",
+        "aggregates",
+        "item_aggregates",
+        "examples",
+        "labels",
+    ]
+    names = [n for n in order if n in contracts(dataset)] + ["user_embeddings"]
+    found = []
+    for name in names:
+        mine = [p for p in partitions if p["table"] == name]
+        if mine:
+            found.append(
+                {
+                    "table": name,
+                    "partitions": len(mine),
+                    "rows": sum(p["rows"] for p in mine),
+                    "bytes": sum(p["bytes"] for p in mine),
+                    "seconds": sum(p["seconds"] for p in mine),
+                    "median_seconds": median(p["seconds"] for p in mine),
+                }
+            )
+    return found
+
+
+def _sum_notes(notes: Sequence[Mapping[str, Any]]) -> str:
+    """Counts of all days added up, as text."""
+    total: dict[str, float] = {}
+    for note in notes:
+        for key, value in note.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                total[key] = total.get(key, 0) + value
+    return ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in sorted(total.items())) or "none"
+
+
+def _log(context: JobContext, folder: Path, report: Mapping[str, Any]) -> None:
+    """Keep the page and its figures in MLflow, in the dataset's experiment `<dataset>/report`."""
+    from jobs.training import tracking
+
+    dataset = context.dataset
+    with tracking.Run(
+        context.settings,
+        experiment=f"{dataset.name}/report",
+        name=f"{report['first_day']} to {report['last_day']}",
+        key=f"{dataset.name}/report/{report['first_day']}/{report['last_day']}",
+        tags={"dataset": dataset.name, "ds": context.ds, "code_version": context.code_version},
+    ) as run:
+        for name in ("index.html", "report.json"):
+            run.client.log_artifact(run.id, str(folder / name))
+        run.metrics(
+            {
+                f"{task['name']}_{metric}_{arm['name']}": arm[metric]
+                for task in report["tasks"]
+                for arm in task["arms"]
+                for metric in ("ne", "auc", "attainable")
+            }
+        )
+
+
+if __name__ == "__main__":
+    main("report")
