@@ -298,7 +298,7 @@ class World:
             -3.5 + 0.9 * z + 1.3 * heat + ads.quality[chosen]
             + np.where(surface == STORIES, 0.9 * (taste - 0.5) - 0.25, 0.0)
             + 0.25 * np.cos(2 * np.pi * (hour - 20) / 24) - 0.05 * (position - 1)
-            - 0.45 * _seen_before(user, advertiser, time)
+            - 0.45 * seen_before(user, advertiser, time)
         )  # fmt: skip
         buy = (
             -2.0 + 0.8 * normal(self.seed, "buyer", user) + 1.0 * np.maximum(heat, 0) + 1.6 * turned
@@ -330,7 +330,7 @@ class World:
         return [(likes[d], self.impressions(d, sessions[d], known(d))) for d in days]
 
 
-def _seen_before(user: Array, advertiser: Array, time: Array) -> Array:
+def seen_before(user: Array, advertiser: Array, time: Array) -> Array:
     """How many ads of this advertiser the person has seen earlier on the day, 4 at most."""
     order = np.lexsort((time, advertiser, user))
     group = np.empty(len(user), dtype=np.int64)
