@@ -66,6 +66,8 @@ def run(context: JobContext) -> None:
     rows = published_rows(
         dataset, model=model, ds=ds, snapshot=champion.id, user_ids=ids, raw=raw, before=before
     )
+    if notes["cosine"] is not None:
+        notes["cosine_pooled"] = pooled_cosine(rows, read_embeddings(lake, model, shift(ds, -1)))
     warm.join()
     lake.publish_arrow(
         "user_embeddings", ds, rows, inputs=inputs, model=model, notes=notes,
@@ -220,6 +222,16 @@ def statistics(
             moved = drift(raw[present], before[present])
             notes |= {k: moved[k] for k in ("cosine", "l2", "l2_relative")}
     return notes
+
+
+def pooled_cosine(rows: pa.Table, yesterday: UserEmbeddings) -> float | None:
+    """Mean cosine between users' pooled embeddings and those of the day before; None without any."""
+    from feature_store.embeddings import decode
+    from jobs.training.judge import drift
+
+    now = decode(rows["pooled"], *yesterday.values.shape[1:])
+    before, present = yesterday.lookup(rows["user_id"].combine_chunks())
+    return drift(now[present], before[present])["cosine"] if present.any() else None
 
 
 def _log(context: JobContext, model: str, notes: dict[str, Any]) -> None:

@@ -30,10 +30,10 @@ class TrainingConfig:
     """
 
     epochs: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
     task_weights: tuple[tuple[str, float], ...] = ()
-    threads: int = 2
+    threads: int = 1
     checkpoint_every_s: float = 300.0
     limits: Limits = field(default_factory=lambda: Limits(max_targets=512))
     inference: Limits = field(default_factory=Limits)

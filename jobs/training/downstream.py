@@ -68,7 +68,7 @@ class DownstreamTraining:
     learning_rate: float = 2e-3
     bootstrap_samples: int = 500
     importance_targets: int = 12_000
-    threads: int = 2
+    threads: int = 1
     tables: TableConfig = field(
         default_factory=lambda: TableConfig(dim=16, default_rows=2**12, item_rows=2**14)
     )

@@ -1,4 +1,4 @@
-"""The house: imports run one way, DAG files stay light, files stay small, and nothing names a dataset outside its room."""
+"""The house: imports run one way, DAG files stay light, files small, datasets in their rooms."""
 
 from __future__ import annotations
 
