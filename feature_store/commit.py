@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from feature_store.errors import ContractError
 from feature_store.ledger import RETENTION, retry_on_conflict
-from feature_store.schemas import check_schema, grown_schema
+from feature_store.schemas import check_schema, grown_schema, nullable
 from feature_store.staging import partition_folder
 from feature_store.tables import Table
 
@@ -109,7 +109,7 @@ def _create_or_open(uri: str, contract: Table) -> DeltaTable:
         return DeltaTable(uri)
     return DeltaTable.create(
         uri,
-        contract.schema,
+        nullable(contract.schema),  # as the files are: Sail refuses to read them as anything else
         mode="ignore",
         partition_by=list(contract.partitioned_by),
         description=contract.grain,
