@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from feature_store.days import day_range, shift
 from feature_store.embeddings import read_embeddings
@@ -23,7 +24,7 @@ from jobs.training import presets, tracking
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.config import GateConfig
 from jobs.training.ids import held_out
-from jobs.training.loader import Limits
+from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
 from jobs.training.loop import Learner
 from tests.synthetic import FIRST_DAY, dataset, tables
 
@@ -172,32 +173,39 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(
     training = replace(
         usual.training, limits=Limits(max_targets=24), checkpoint_every_s=0.0, epochs=2
     )
-    monkeypatch.setattr(presets, "preset", lambda *_: replace(usual, training=training))
-    whole, killed = (_elsewhere(settings, tmp_path / n) for n in ("whole", "killed"))
-    train_upstream.run(_context(whole, DAYS[1], model=model))
+    short = replace(usual, training=training)
 
-    steps = iter(range(100))
+    def day(home: str) -> train_upstream.UpstreamDay:
+        context = _context(_elsewhere(settings, tmp_path / home), DAYS[1], model=model)
+        labelled = labelled_day(context.lake, SPEC, DAYS[1])
+        return train_upstream.UpstreamDay(context=context, model=model, preset=short, day=labelled)
+
     keep = Checkpoints.save_progress
+    monkeypatch.setattr(Checkpoints, "save_progress", lambda *_: None)
+    day("whole").run()
+    steps = iter(range(100))
 
     def dies(self, ds, state):
-        keep(self, ds, state)
         if next(steps) == 9:
+            keep(self, ds, state)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoints, "save_progress", dies)
     with pytest.raises(KeyboardInterrupt):
-        train_upstream.run(_context(killed, DAYS[1], model=model))
-    assert _checkpoints(killed, model).snapshots(DAYS[1]) == []
-    monkeypatch.setattr(Checkpoints, "save_progress", keep)
-    train_upstream.run(_context(killed, DAYS[1], model=model))
+        day("killed").run()
+    killed = day("killed").checkpoints
+    assert killed.snapshots(DAYS[1]) == []
+    assert killed.champion_days() == []
+    monkeypatch.setattr(Checkpoints, "save_progress", lambda *_: None)
+    day("killed").run()
 
-    first, second = (_checkpoints(s, model).champion(DAYS[1]) for s in (whole, killed))
+    first, second = day("whole").checkpoints.champion(DAYS[1]), killed.champion(DAYS[1])
     assert second.metadata["training"]["resumed"] == 1
     assert first.metadata["training"]["resumed"] == 0
     assert first.steps == second.steps > 10
     assert first.label_counts == second.label_counts
     assert first.state_hash == second.state_hash
-    assert not (_checkpoints(killed, model).day(DAYS[1]) / "progress.pt").exists()
+    assert not (killed.day(DAYS[1]) / "progress.pt").exists()
 
 
 def test_a_rejected_candidate_leaves_the_champion_to_publish_and_to_start_the_next_day(
@@ -256,10 +264,6 @@ def test_published_embeddings_are_of_every_user_once_at_their_newest_state(setti
 
 def test_a_served_embedding_is_the_one_that_the_training_saw(settings):
     """What is published for a day equals what the model makes of that user's rows of the next day."""
-    import torch
-
-    from jobs.training.loader import Users, labelled_day, labelled_rows
-
     lake = Lake(settings.lake_root, SPEC)
     for model in MODELS:
         chosen = presets.preset(SPEC, model)
@@ -273,11 +277,11 @@ def test_a_served_embedding_is_the_one_that_the_training_saw(settings):
             batch = decoded.batch(0, len(decoded))
             seen = learner.user_embeddings(batch).numpy()
             stored, present = published.lookup(batch.user_id.numpy())
-            # a later part, or a full history, has lost events from before the cutoff
-            whole = present & (decoded.part == 0) & (np.diff(decoded.event_offsets) < 6)
+            # a later part has a later base, which may have lost events from before the cutoff
+            whole = present & (decoded.part == 0)
             compared += int(whole.sum())
             assert np.allclose(seen[whole], stored[whole].astype(np.float32), atol=4e-3)
-        assert compared >= (10 if model == "sum" else 3)
+        assert compared > 20
 
 
 @pytest.mark.parametrize("model", MODELS)
