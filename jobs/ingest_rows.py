@@ -86,8 +86,8 @@ class _Rows:
         first, value = F.coalesce(*self._problems), F.coalesce(*self._values)
         return [first.alias("problem"), value.alias("value")]
 
-    def take(self, name: str, kind: str, *, into: str = "") -> Column:
-        """The column as Spark type `kind`; a value that is not one is a problem."""
+    def take(self, name: str, kind: str, *, into: str = "", instant: bool = False) -> Column:
+        """The column as Spark type `kind`; a value that is not one is a problem. `instant`: also ISO 8601."""
         raw, given = F.col(name), self.types[name]
         if isinstance(given, T.NullType):
             value = F.lit(None).cast(kind)
@@ -101,6 +101,8 @@ class _Rows:
             value = raw.cast(kind)
         else:
             value = raw if given.simpleString() == kind else raw.try_cast(kind)
+            if instant and isinstance(given, T.StringType):
+                value = F.coalesce(value, F.unix_micros(raw.try_cast("timestamp")))
             wrong = raw.isNotNull() & value.isNull()
             if kind in ("bigint", "int") and isinstance(
                 given, T.FloatType | T.DoubleType | T.DecimalType
@@ -141,7 +143,7 @@ class _Rows:
         if default is not None and name not in self.types:
             self.columns[name] = default
             return default
-        value = self.take(name, "bigint")
+        value = self.take(name, "bigint", instant=True)
         if default is None:
             self.problem(value.isNull(), name, Problem.NULL)
         low, high = span[0] - _PLAUSIBLE_DAYS * DAY_US, span[1] + _PLAUSIBLE_DAYS * DAY_US
