@@ -246,6 +246,8 @@ class AirflowServices:
             "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
             # A busy machine is not a dead scheduler: it would start its running tasks a second time.
             "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "300",
+            # Also how long a worker may take to see that its task has ended.
+            "WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
             "USAGE_DATA_COLLECTION__ENABLED": "False",
         }
         path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
