@@ -32,7 +32,7 @@ def until(days: dict[str, list[Row]], last_day: str) -> list[Row]:
 
 def assert_same(got: list[Row], want: list[Row], table: str, dataset: Dataset = TINY) -> None:
     """Two tables hold the same rows, floats to the bit, whatever their order."""
-    key = contract(dataset, table).key
+    key = ("ds", *contract(dataset, table).key)
     ours, theirs = reference.keyed(got, *key), reference.keyed(want, *key)
     assert sorted(ours, key=str) == sorted(theirs, key=str), f"{table}: other rows"
     for name, row in theirs.items():
