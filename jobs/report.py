@@ -187,7 +187,7 @@ def _compare(
 def _metrics(rows: pd.DataFrame, predictions: pd.Series, rate: float) -> dict[str, float | None]:
     from models import metrics
 
-    found = metrics.summary(rows["label"], predictions, rate)
+    found = metrics.summary(rows["label"].to_numpy(), predictions.to_numpy(), rate)
     return {
         name: _number(found[key])
         for name, key in (
