@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
     services.acquire()
     started = time.monotonic()
     ok = False
+    pool = ThreadPoolExecutor(max_workers=1)  # the engine starts while Airflow does
     try:
-        if not settings.spark_remote:
-            spark.start(settings)
+        engine = None if settings.spark_remote else pool.submit(spark.start, settings)
         services.migrate()
         services.settle(plan.dag_ids)
         client = services.start_api()
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
             DEVICES_POOL, device_slots(), "one slot per device: training and inference tasks"
         )
         services.wait_parsed(client, plan.dag_ids)
+        if engine is not None:
+            engine.result()
         print(
             f"Airflow: {services.url} (ready after {time.monotonic() - started:.0f} s)", flush=True
         )
@@ -120,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
             _again_file(settings, dataset).unlink(missing_ok=True)
     finally:
         with _undisturbed():
+            pool.shutdown()
             services.stop()
             if not settings.spark_remote and not ok:
                 spark.stop(settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import http.server
+import io
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote
 
 from feature_store import datasets
@@ -47,7 +49,7 @@ def serve(settings: Settings) -> None:
         ServiceError: a service does not start, or ended.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
-    files = _files(settings.home)
+    files = files_server(settings.home)
     mlflow = _mlflow(settings)
     services: AirflowServices | None = None
     try:
@@ -127,7 +129,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _files(home: Path) -> http.server.ThreadingHTTPServer:
+def files_server(home: Path) -> http.server.ThreadingHTTPServer:
+    """A running server, on loopback, of the reports and Data Docs in `home`."""
     handler = functools.partial(_Pages, directory=str(home))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", free_port(_FILES_PORT)), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -137,23 +140,20 @@ def _files(home: Path) -> http.server.ThreadingHTTPServer:
 class _Pages(http.server.SimpleHTTPRequestHandler):
     """The folders `report` and `quality` under a home, and a page that lists them. Nothing else."""
 
-    def do_GET(self) -> None:
-        """Serve a file."""
-        path = self.path.split("?")[0]
-        if path == "/":
-            body = index(Path(self.directory)).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-        elif Path(self.translate_path(path)).relative_to(self.directory).parts[0] in (
-            "report",
-            "quality",
-        ):
-            super().do_GET()
-        else:
+    def send_head(self) -> io.BytesIO | BinaryIO | None:
+        """The page for `/`; what is outside of the two folders is not found."""
+        inside = Path(self.translate_path(self.path)).relative_to(self.directory).parts
+        if inside and inside[0] in ("report", "quality"):
+            return super().send_head()
+        if inside:
             self.send_error(404)
+            return None
+        body = index(Path(self.directory)).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        return io.BytesIO(body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
