@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -54,7 +56,7 @@ def test_after_a_silence_it_says_what_is_running(
 def test_the_table_has_a_row_for_each_day_and_says_what_cannot_come() -> None:
     shown = progress.Progress(PLAN, terminal=False)
     shown.pairs({(INGEST, "2024-03-01"): DONE, (FEATURES, "2024-03-01"): FAILED}, {})
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(shown._table())
     text = console.export_text()
     assert "2024-03-01" in text and "2024-03-02" in text
