@@ -242,7 +242,7 @@ def _sentence(
     }
     columns = [arguments.pop(k) for k in ("column", "column_A", "column_B") if k in arguments]
     columns = arguments.pop("column_list", columns)
-    limits = ", ".join(f"{k} {v}" for k, v in arguments.items() if v is not None)
+    limits = ", ".join(f"{k} {_plain(v)}" for k, v in arguments.items() if v is not None)
     values = outcome.get("partial_unexpected_list", [])
     if values:
         count = f"{outcome['unexpected_count']} of {outcome['element_count']} rows"
@@ -264,6 +264,10 @@ def _sentence(
         f"{name} {ds}: {config.type}({', '.join(columns)}{'; ' + limits if limits else ''}) {what}{others}: "
         f"{(config.meta or {}).get('remedy', 'mend the source')}; nothing was published"
     )
+
+
+def _plain(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _offending(rows: pd.DataFrame, columns: list[str], values: list[Any]) -> pd.DataFrame:

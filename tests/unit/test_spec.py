@@ -337,7 +337,7 @@ def test_an_unknown_task_attribute_or_dataset_is_named_with_what_there_is() -> N
         SPEC.task("buy")
     with pytest.raises(SpecError, match=r"EventStream\(likes\) has no attribute 'price'"):
         LIKES.attribute("price")
-    with pytest.raises(SpecError, match="dataset is 'nowhere': known are .*simulated"):
+    with pytest.raises(SpecError, match=r"dataset is 'nowhere': known are .*simulated"):
         datasets.get("nowhere")
 
 

@@ -42,7 +42,9 @@ def test_examples_hold_history_features_and_targets_but_no_label() -> None:
     assert "targets__context__surface" in names
     assert "sparse__liked__scores" in names and "sparse__clicked__scores" not in names
     assert not [
-        n for n in names if "label" in n or n.endswith(("clicked", "bought")) and "sparse" not in n
+        n
+        for n in names
+        if "label" in n or (n.endswith(("clicked", "bought")) and "sparse" not in n)
     ]
 
 
