@@ -15,6 +15,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -194,6 +195,7 @@ def run(jobs: Sequence[str], args: argparse.Namespace) -> int:
     settings, context = None, None
     try:
         settings = Settings.from_env()
+        _keep_scratch_inside(settings)
         context = JobContext(
             dataset=datasets.get(args.dataset),
             ds=args.ds,
@@ -229,6 +231,13 @@ def run(jobs: Sequence[str], args: argparse.Namespace) -> int:
         if context is not None:
             context.close()
     return DONE
+
+
+def _keep_scratch_inside(settings: Settings) -> None:
+    """Libraries' temporary files under the home as well: a run writes nowhere else."""
+    scratch = settings.home / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
 
 
 def _title(job: str, context: JobContext) -> str:
