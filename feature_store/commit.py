@@ -70,11 +70,11 @@ def replace_partition(
         ContractError: the stored table is not what the contract grew from.
     """
     from deltalake import CommitProperties, Transaction
-    from deltalake.transaction import AddAction
+    from deltalake.transaction import AddAction, RemoveAction
 
     write = uuid.uuid4().hex
     filesystem.create_dir(f"{home}/{partition_folder(values)}")
-    actions = []
+    actions: list[AddAction | RemoveAction] = []
     for i, (path, (rows, size)) in enumerate(files.items()):
         name = f"{partition_folder(values)}/part-{i:05d}-{write}.parquet"
         filesystem.move(path, f"{home}/{name}")

@@ -378,7 +378,7 @@ class Lake:
         """One scanner per day (one for all where `days` is None), files in the order of their paths."""
         opened: dict[int | None, DeltaTable] = {}
         for day in days if days is not None else [None]:
-            at = version
+            at: int | None
             if isinstance(version, Mapping):
                 key = pin(table, day or "", model or "")
                 if key not in version:
@@ -386,6 +386,8 @@ class Lake:
                         f"{key} is not pinned: call require for that day first"
                     )
                 at = version[key]
+            else:
+                at = version
             if at not in opened:
                 opened[at] = self._open(table, at)
             chosen = [("ds", "=", day)] if day is not None else []

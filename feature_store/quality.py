@@ -251,7 +251,7 @@ def _sentence(
         key = list(contract(dataset, table).key)
         keys = "; ".join(
             ", ".join(f"{k} {v}" for k, v in row.items())
-            for row in bad[key].head(_SHOWN).to_dict("records")
+            for row in bad[key].drop_duplicates().head(_SHOWN).to_dict("records")
         )
         what = f"fails for {count}, value {shown}, at {keys}"
     elif "observed_value" in outcome:
