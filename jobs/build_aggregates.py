@@ -137,36 +137,62 @@ def _dense_value(feature: DenseFeature) -> Column:
     return column
 
 
+def _kind(dataset: Dataset, feature: SparseFeature) -> IdType:
+    return dataset.stream(feature.stream).attribute(feature.attribute).id_type
+
+
 def _id_field(dataset: Dataset, feature: SparseFeature) -> str:
-    kind = dataset.stream(feature.stream).attribute(feature.attribute).id_type
-    return "number" if kind is IdType.INT64 else "text"
+    return "number" if _kind(dataset, feature) is IdType.INT64 else "text"
 
 
 def _sparse(events: DataFrame, dataset: Dataset, cutoff: int) -> DataFrame:
-    """Per user `s__<feature>`: structs (rank, id), newest or most frequent first, the best `max_ids`."""
-    candidates = []
-    for index, feature in enumerate(dataset.sparse_features):
-        attribute = dataset.stream(feature.stream).attribute(feature.attribute)
-        is_text = attribute.id_type is IdType.STRING
-        number = F.lit(None).cast("bigint") if is_text else F.col(attribute.name)
-        text = F.col(attribute.name) if is_text else F.lit(None).cast("string")
-        ours = _of(feature.stream, cutoff - feature.window_days * DAY_US)
-        ours = ours & is_id(F.col(attribute.name), attribute.id_type)
-        entry = F.struct(F.lit(index).alias("feature"), number.alias("number"), text.alias("text"))
-        candidates.append(F.when(ours, entry))
-    found = F.filter(F.array(*candidates), lambda entry: entry.isNotNull())
+    """Per user `s__<feature>`: structs (rank, id), newest or most frequent first, the best `max_ids`.
+
+    Features of one attribute over several windows are counted together, as one `source`.
+    """
+    sources: dict[tuple[str, str], list[SparseFeature]] = {}
+    for feature in dataset.sparse_features:
+        sources.setdefault((feature.stream, feature.attribute), []).append(feature)
+    entries: dict[str, list[Column]] = {}
+    reach: dict[str, int] = {}
+    for index, ((stream, name), features) in enumerate(sources.items()):
+        number, text = F.lit(None).cast("bigint"), F.lit(None).cast("string")
+        if _kind(dataset, features[0]) is IdType.INT64:
+            number = F.when(is_id(F.col(name), IdType.INT64), F.col(name))
+        else:
+            text = F.when(is_id(F.col(name), IdType.STRING), F.col(name))
+        entry = F.struct(F.lit(index).alias("source"), number.alias("number"), text.alias("text"))
+        entries.setdefault(stream, []).append(entry)
+        reach[stream] = max(reach.get(stream, 1), *(f.window_days for f in features))
+    found = F.coalesce(
+        *(F.when(_of(s, cutoff - reach[s] * DAY_US), F.array(*e)) for s, e in entries.items())
+    )
+    windows = sorted({f.window_days for f in dataset.sparse_features if f.scored})
     ids = (
         events.select("user_id", "available_time", F.explode(found).alias("entry"))
         .select("user_id", "available_time", "entry.*")
-        .groupBy("user_id", "feature", "number", "text")
-        .agg(F.max("available_time").alias("newest"), F.count(F.lit(1)).alias("events"))
+        .where(F.col("number").isNotNull() | F.col("text").isNotNull())
+        .groupBy("user_id", "source", "number", "text")
+        .agg(
+            F.max("available_time").alias("newest"),
+            *(
+                F.count(F.when(F.col("available_time") >= cutoff - days * DAY_US, 1)).alias(
+                    f"events_{days}d"
+                )
+                for days in windows
+            ),
+        )
     )
     lists = []
-    for index, feature in enumerate(dataset.sparse_features):
-        rank = (-F.col("events" if feature.scored else "newest")).alias("rank")
-        entry = F.struct(rank, _id_field(dataset, feature))
-        entries = F.sort_array(F.collect_list(F.when(F.col("feature") == index, entry)))
-        lists.append(F.slice(entries, 1, feature.max_ids).alias(f"s__{feature.name}"))
+    for index, features in enumerate(sources.values()):
+        for feature in features:
+            rank = -F.col(f"events_{feature.window_days}d" if feature.scored else "newest")
+            ours = (F.col("source") == index) & (
+                F.col("newest") >= cutoff - feature.window_days * DAY_US
+            )
+            entry = F.struct(rank.alias("rank"), _id_field(dataset, feature))
+            ranked = F.sort_array(F.collect_list(F.when(ours, entry)))
+            lists.append(F.slice(ranked, 1, feature.max_ids).alias(f"s__{feature.name}"))
     return ids.groupBy("user_id").agg(*lists)
 
 
