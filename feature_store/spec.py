@@ -149,7 +149,7 @@ class Dataset:
         check_unique(f"{where}.models", self.models)
         check_unique(
             f"{where} user features",
-            [f.name for f in (*self.user_attributes, *self.sparse_features, *self.dense_features)],
+            [f.name for f in self.user_features],
         )
         for stream in self.streams:
             self._streams[stream.name] = stream
@@ -190,7 +190,7 @@ class Dataset:
 
     def _check_features(self) -> None:
         known = [s.name for s in self.streams]
-        for f in (*self.user_attributes, *self.sparse_features, *self.dense_features):
+        for f in self.user_features:
             where = f"{type(f).__name__}({f.name})"
             check_known(f"{where}.stream", f.stream, known)
             if isinstance(f, DenseFeature) and f.per is not None:
@@ -270,6 +270,11 @@ class Dataset:
         return tuple({a.name: a for t in self.targets for a in t.context}.values())
 
     @cached_property
+    def user_features(self) -> tuple[UserAttribute | SparseFeature | DenseFeature, ...]:
+        """What the nightly job builds of a user: attributes, sparse, dense."""
+        return (*self.user_attributes, *self.sparse_features, *self.dense_features)
+
+    @cached_property
     def given_labels(self) -> tuple[str, ...]:
         """Columns of the source's impressions that hold answers."""
         return tuple({t.label.column: None for t in self.tasks if isinstance(t.label, GivenLabel)})
@@ -277,8 +282,8 @@ class Dataset:
     @cached_property
     def window_days(self) -> int:
         """The longest window of any user feature: the reach of `aggregates`."""
-        windows = [f.window_days for f in (*self.sparse_features, *self.dense_features)]
-        return max(windows, default=1)
+        sparse = [f.window_days for f in self.sparse_features]
+        return max([*sparse, *(f.window_days for f in self.dense_features)], default=1)
 
     @cached_property
     def hash(self) -> str:

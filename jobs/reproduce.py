@@ -15,6 +15,7 @@ from pathlib import Path
 
 from feature_store import datasets
 from feature_store.errors import DataError, HeadwaterError
+from feature_store.spec import Dataset
 from jobs.context import JobContext
 from jobs.settings import Settings
 
@@ -33,7 +34,7 @@ class Reproduced:
         return self.recorded == self.found
 
 
-def reproduce(settings: Settings, run_id: str, *, dataset: object | None = None) -> Reproduced:
+def reproduce(settings: Settings, run_id: str, *, dataset: Dataset | None = None) -> Reproduced:
     """Train MLflow run `run_id` again.
 
     Args:

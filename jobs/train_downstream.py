@@ -35,11 +35,6 @@ class Days:
     test: str | None
     training: tuple[str, ...]
 
-    @property
-    def enough(self) -> bool:
-        """Whether there is something to compare."""
-        return self.test is not None and len(self.training) >= MIN_TRAIN_DAYS
-
 
 def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str) -> Days:
     """Which days have labels, examples, and every model's embeddings of the day before.
@@ -72,7 +67,7 @@ def run(context: JobContext) -> None:
     """Compare the arms of `context.task` on the newest day that matured by `context.ds`."""
     task = context.require_task()
     days = choose_days(context.lake, context.dataset, task, context.ds)
-    if not days.enough:
+    if days.test is None or len(days.training) < MIN_TRAIN_DAYS:
         print(
             f"{task.name} {context.ds}: not enough days yet with labels and embeddings (needs a test "
             f"day and {MIN_TRAIN_DAYS} before it, has {'a' if days.test else 'no'} test day and "
@@ -80,7 +75,7 @@ def run(context: JobContext) -> None:
             flush=True,
         )
         return
-    result = compare(context, task, days)
+    result = compare(context, task, days.test, days.training)
     if result is None:
         print(f"{task.name} {context.ds}: no label to train or to test on", flush=True)
         return
@@ -95,7 +90,9 @@ def _text(value: float | None) -> str:
     return "  -   " if value is None else f"{value:.4f}"
 
 
-def compare(context: JobContext, task: Task, days: Days) -> dict[str, Any] | None:
+def compare(
+    context: JobContext, task: Task, test_day: str, train_days: tuple[str, ...]
+) -> dict[str, Any] | None:
     """Train and test every arm, write the result, log it. None where there are no labels."""
     from jobs.training.checkpoints import write_atomically
     from jobs.training.config import to_plain
@@ -107,9 +104,9 @@ def compare(context: JobContext, task: Task, days: Days) -> dict[str, Any] | Non
     inputs: dict[str, int] = {}
     snapshots: dict[str, dict[str, str]] = {}
     training, train_share = _load(
-        context, task, days.training, config, inputs, snapshots, test=False
+        context, task, train_days, config, inputs, snapshots, test=False
     )
-    test, test_share = _load(context, task, (days.test,), config, inputs, snapshots, test=True)
+    test, test_share = _load(context, task, (test_day,), config, inputs, snapshots, test=True)
     if not training or not test:
         return None
     comparison = Comparison(
@@ -128,8 +125,8 @@ def compare(context: JobContext, task: Task, days: Days) -> dict[str, Any] | Non
         "dataset": dataset.name,
         "task": task.name,
         "ds": context.ds,
-        "test_day": days.test,
-        "train_days": list(days.training),
+        "test_day": test_day,
+        "train_days": list(train_days),
         "sampled": task.sampled,
         "simulated": dataset.simulated,
         "users_share": {"training": train_share, "test": test_share},

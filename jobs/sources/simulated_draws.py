@@ -19,17 +19,14 @@ def _name(what: str) -> int:
 
 def draw(seed: int, what: str, *keys: Array | int) -> Array:
     """Uniform uint64 of each combination of `keys`, which broadcast: splitmix64, chained over the keys."""
-    state = np.uint64(seed % 2**64)
+    state: Array = np.asarray(seed % 2**64, np.uint64)
     with np.errstate(over="ignore"):
         for key in (_name(what), *keys):
-            if isinstance(key, np.ndarray):
-                key = key.astype(np.uint64)
-            else:
-                key = np.uint64(key % 2**64)
-            x = np.asarray(state + (key + np.uint64(1)) * _MULTIPLIER)
+            bits = key.astype(np.uint64) if isinstance(key, np.ndarray) else np.uint64(key % 2**64)
+            x = np.asarray(state + (bits + np.uint64(1)) * _MULTIPLIER)
             x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = x ^ (x >> np.uint64(31))
+            state = np.asarray(x ^ (x >> np.uint64(31)))
     return state
 
 

@@ -122,9 +122,9 @@ def decide(
             and champion.get(t, {}).get("ne") is not None
         ]
         if judged:
-            means["candidate"] = sum(candidate[t]["ne"] for t in judged) / len(judged)
-            means["champion"] = sum(champion[t]["ne"] for t in judged) / len(judged)
-            worse = means["candidate"] - means["champion"]
+            ours = sum(candidate[t]["ne"] for t in judged) / len(judged)
+            theirs = sum(champion[t]["ne"] for t in judged) / len(judged)
+            means, worse = {"candidate": ours, "champion": theirs}, ours - theirs
             if worse > gate.ne_tolerance:
                 reasons.append(
                     f"held-out NE is worse by {worse:.4f}, {gate.ne_tolerance} is tolerated"

@@ -6,7 +6,7 @@ Works on `examples` (history, user features and targets), `aggregates` (user fea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ from jobs.training.ids import int64_ids
 if TYPE_CHECKING:
     from models.batch import Batch
 
+Column = Callable[[str], pa.Array]
 Jagged = tuple[np.ndarray, np.ndarray]  # values, offsets (R+1,) int64 from 0
 
 
@@ -219,7 +220,7 @@ def user_feature_probe(dataset: Dataset) -> str:
 
 
 def _merge(
-    dataset: Dataset, column, rows: int, names: set[str], cutoff: int | None
+    dataset: Dataset, column: Column, rows: int, names: set[str], cutoff: int | None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """All streams of a row in one sequence, ordered by (available_time, stream, position)."""
     present = [
@@ -279,7 +280,7 @@ def _vectors(values: np.ndarray, attribute: Attribute, count: int, stream: str) 
             f"{history_column(stream, attribute.name)} holds {len(values)} numbers for {count} vectors: "
             f"each has to have {attribute.dim}; correct the source"
         )
-    return values.reshape(count, attribute.dim)
+    return values.reshape(count, attribute.dim or 0)
 
 
 def _event_key(attribute: Attribute) -> str:
@@ -291,7 +292,7 @@ def _missing(attribute: Attribute, count: int) -> np.ndarray:
         return np.full(count, MISSING_ID, np.int64)
     if attribute.kind is Kind.NUMERIC:
         return np.full(count, np.nan, np.float32)
-    return np.zeros((count, attribute.dim), np.float32)
+    return np.zeros((count, attribute.dim or 0), np.float32)
 
 
 def _concat(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
@@ -299,7 +300,7 @@ def _concat(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def _targets(
-    dataset: Dataset, column, rows: int, names: set[str]
+    dataset: Dataset, column: Column, rows: int, names: set[str]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     features = () if dataset.item_features is None else dataset.item_features.names
     present = "targets__time" in names
