@@ -117,6 +117,7 @@ def _dense(feature: DenseFeature, cutoff: int) -> Column:
         newest = F.max(F.when(ours, F.col("available_time")))
         return F.lit(cutoff) - F.coalesce(newest, F.lit(since))
     if feature.aggregate is Aggregate.RATE:
+        assert feature.per is not None
         return F.struct(
             F.count(F.when(ours, 1)).alias("events"),
             F.count(F.when(_of(feature.per, since), 1)).alias("per"),
