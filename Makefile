@@ -5,6 +5,7 @@ SOURCE ?=
 FROM ?=
 TO ?=
 AGAIN ?=
+BACKWARDS ?=
 
 PY := .venv/bin/python
 SHELL := /bin/sh
@@ -12,7 +13,7 @@ LOCK_SUM := $(shell cksum < requirements.lock | cut -d' ' -f1)
 STAMP := .venv/installed-$(LOCK_SUM)
 LOG := .venv/install.log
 OURS := dags feature_store jobs models
-RANGE = $(if $(SOURCE),--source '$(SOURCE)') $(if $(FROM),--first $(FROM)) $(if $(TO),--last $(TO)) $(if $(AGAIN),--again)
+RANGE = $(if $(SOURCE),--source '$(SOURCE)') $(if $(FROM),--first $(FROM)) $(if $(TO),--last $(TO)) $(if $(AGAIN),--again) $(if $(BACKWARDS),--backwards)
 
 # bytecode is compiled by install; a run writes under HEADWATER_HOME only
 export PYTHONDONTWRITEBYTECODE = 1
@@ -28,7 +29,7 @@ endef
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make run      [DATASET=simulated] [SOURCE=dir] [FROM=day] [TO=day] [AGAIN=1]   raw logs to report, through Airflow"
+	@echo "make run      [DATASET=simulated] [SOURCE=dir] [FROM=day] [TO=day] [AGAIN=1] [BACKWARDS=1]   raw logs to report, through Airflow"
 	@echo "make test     install, ruff, mypy, pytest"
 	@echo "make ui       Airflow, MLflow and the Data Docs on loopback"
 	@echo "make report   [DATASET=] TO=day                    the report again, without a run"

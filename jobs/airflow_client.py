@@ -196,11 +196,14 @@ class AirflowClient:
             if not page[key] or len(found) >= (page["total_entries"] or 0):
                 return found
 
-    def backfill(self, dag_id: str, first: str, last: str, *, again: bool) -> None:
+    def backfill(
+        self, dag_id: str, first: str, last: str, *, again: bool, backwards: bool = False
+    ) -> None:
         """Start a backfill of the days from `first` to `last`, both included.
 
         Args:
             again: make runs beside those that are over; otherwise only days without a run get one.
+            backwards: the last day first. What follows goes in the order of days all the same.
 
         Raises:
             AirflowError: for one (409), another backfill of the DAG is active.
@@ -211,6 +214,7 @@ class AirflowClient:
             "to_date": f"{last}T00:00:00Z",
             "reprocess_behavior": "completed" if again else "none",
             "max_active_runs": BACKFILL_DAYS,
+            "run_backwards": backwards,
         }
         self.request("POST", "/backfills", json=body)
 

@@ -25,15 +25,23 @@ class Launcher:
 
     Args:
         since: of pairs that are built again, only runs made since then (ISO instant) count; "": all.
+        backwards: ingest the last day first.
     """
 
     def __init__(
-        self, plan: Plan, client: AirflowClient, services: AirflowServices, since: str
+        self,
+        plan: Plan,
+        client: AirflowClient,
+        services: AirflowServices,
+        since: str,
+        *,
+        backwards: bool = False,
     ) -> None:
         self.plan = plan
         self.client = client
         self.services = services
         self.since = since
+        self.backwards = backwards
         self.runs: dict[Pair, DagRun] = {}
         self.days: dict[tuple[str, str], str] = {}  # (DAG, run) -> day
         self.told: set[tuple[str, str | None]] = set()
@@ -69,7 +77,9 @@ class Launcher:
         for first, last in _ranges(self.plan.by_clock(states)):
             dag_id = self.plan.stages[0].dag_id
             try:
-                self.client.backfill(dag_id, first, last, again=bool(self.since))
+                self.client.backfill(
+                    dag_id, first, last, again=bool(self.since), backwards=self.backwards
+                )
             except AirflowError as error:
                 if error.status != 409:  # a backfill of a run before is still active
                     raise

@@ -1,6 +1,7 @@
 """`make run`: Airflow's scheduler takes a dataset through a range of days, and a report ends it.
 
     python -m jobs.run --dataset D [--first DAY] [--last DAY] [--source DIR] [--again]
+                       [--backwards]
 
 Starts the engine and Airflow (SQLite, local processes, loopback), backfills the ingest DAG, lets the
 asset-driven DAGs follow, and stops everything at the end. Stopped at any point, even by a kill, the
@@ -48,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     )
     cli.add_argument(
         "--again", action="store_true", help="build the days again although they are done"
+    )
+    cli.add_argument(
+        "--backwards", action="store_true", help="ingest the last day first; the result is the same"
     )
     return cli
 
@@ -118,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             f"Airflow: {services.url} (ready after {time.monotonic() - started:.0f} s)", flush=True
         )
         since = _again_since(settings, plan, again=args.again)
-        ok = Launcher(plan, client, services, since).run()
+        ok = Launcher(plan, client, services, since, backwards=args.backwards).run()
         if ok:
             _again_file(settings, dataset).unlink(missing_ok=True)
     finally:

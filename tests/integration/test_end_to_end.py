@@ -1,0 +1,92 @@
+"""The whole loop through the real scheduler, on a small simulated world: it has to show learning.
+
+The first day has no embeddings before it and three days are the least that a downstream model is
+trained on, so five days are the fewest that end in a comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from feature_store import datasets
+from feature_store.embeddings import read_embeddings
+from feature_store.lake import Lake
+
+ROOT = Path(__file__).parents[2]
+FIRST, LAST = "2024-03-01", "2024-03-05"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    command = [sys.executable, "-m", "jobs.run", "--dataset", "simulated"]
+    command += ["--first", FIRST, "--last", LAST, "--source", "users=2500", "--backwards"]
+    environment = {**os.environ, "HEADWATER_HOME": str(home), "HEADWATER_ENGINE": "sail"}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return home
+
+
+@pytest.fixture(scope="module")
+def report(home: Path) -> dict[str, Any]:
+    return json.loads((home / "report" / "simulated" / "report.json").read_text())
+
+
+def test_a_days_key_reaches_every_table_though_the_last_day_came_first(home: Path) -> None:
+    dataset = datasets.get("simulated")
+    lake = Lake(home / "lake", dataset)
+    days = {f"2024-03-{d:02}" for d in range(1, 6)}
+    for table in ("events", "impressions", "sequences", "aggregates", "examples", "labels"):
+        assert set(lake.partitions(table)) == days, table
+    for model in dataset.models:
+        assert set(lake.partitions("user_embeddings", model)) == days
+        assert len(read_embeddings(lake, model, LAST)) > 1000
+
+
+def test_the_sequence_model_learns_what_can_be_learned(report: dict[str, Any]) -> None:
+    """Progressive validation: each day is scored before it is trained on."""
+    days = dict(report["upstream_by_day"]["click"]["sequence"])
+    assert days[LAST] < 0.95
+    whole = next(u for u in report["upstream"] if (u["model"], u["task"]) == ("sequence", "click"))
+    assert whole["oracle_ne"] < 0.85
+    assert (1 - days[LAST]) / (1 - whole["oracle_ne"]) > 0.25, "share of the attainable gain"
+
+
+def test_the_report_compares_downstream_models_with_and_without_embeddings(
+    report: dict[str, Any],
+) -> None:
+    click = next(t for t in report["tasks"] if t["name"] == "click")
+    assert click["days"] == [LAST]
+    arms = {a["name"]: a for a in click["arms"]}
+    assert {"context", "aggregates", "aggregates_sum", "aggregates_sequence"} <= set(arms)
+    for arm in arms.values():
+        assert click["oracle"]["ne"] < arm["ne"] < 1.05
+        assert arm["name"] == "context" or arm["to_context"]["low"] <= arm["to_context"]["high"]
+    assert any(i["embedding"] for i in click["importance"])
+
+
+def test_the_page_is_whole(home: Path) -> None:
+    page = (home / "report" / "simulated" / "index.html").read_text()
+    assert page.count("<svg") >= 4
+    assert "simulated data" in page
+
+
+def test_nothing_is_written_but_under_the_home(home: Path) -> None:
+    assert {p.name for p in home.iterdir()} <= {
+        "airflow", "cache", "downstream", "lake", "mlflow", "models", "quality", "report", "spark", "tmp",
+    }  # fmt: skip
