@@ -68,7 +68,6 @@ def assemble(context: JobContext) -> dict[str, Any]:
         "code_versions": sorted({p["code_version"] for p in partitions}),
         "spec_hash": dataset.hash,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "budget": "once per test day and set of inputs, with the same seed and budget,",
         "tasks": tasks,
         "upstream": upstream,
         "upstream_by_day": by_day,

@@ -76,7 +76,7 @@ def upstream_figures(
 
 def drift_figure(embeddings: Sequence[Mapping[str, Any]]) -> Figure:
     """Cosine between consecutive days' embeddings, raw and pooled, by model."""
-    figure, axes = _blank(9.0, 3.2)
+    figure, axes = _blank(11.0, 3.2)
     for model in sorted({e["model"] for e in embeddings}):
         rows = [e for e in embeddings if e["model"] == model and e["cosine_raw"] is not None]
         days = [e["ds"] for e in rows]
