@@ -223,12 +223,9 @@ class Lake:
             ContractError: columns, types or `ds` are not the contract's. Nothing was changed.
             QualityError: the table's suite refused the rows. Nothing was changed.
         """
-        from pyspark.sql.pandas.types import to_arrow_schema
-
         contract = self.contract(table)
-        check_schema(contract, to_arrow_schema(frame.schema))
-        frame = frame.select(*contract.schema.names)
 
+        # The staged files are checked, as `frame.schema` would have the plan analysed once more.
         def stage(folder: str) -> None:
             scheme = self._uri.split("://")[0] + "://" if self._remote else ""
             frame.write.partitionBy(*contract.partitioned_by).parquet(scheme + folder)

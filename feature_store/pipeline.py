@@ -83,8 +83,10 @@ def stages(dataset: Dataset) -> tuple[Stage, ...]:
         dag_id=f"{dataset.name}_features",
         waits=(Wait(asset=asset("events")), Wait(asset=asset("sequences"), days_before=1)),
         steps=(
-            Step(name="history", jobs=("build_sequences", "build_aggregates")),
-            Step(name="examples", jobs=("build_examples", "build_labels"), after=("history",)),
+            Step(
+                name="features",
+                jobs=("build_sequences", "build_aggregates", "build_examples", "build_labels"),
+            ),
         ),
         emits=(asset("sequences"), asset("examples")),
         priority=3,

@@ -158,21 +158,25 @@ def services_for(
     environment["HEADWATER_DATASETS"] = dataset.name if dataset else ""
     if source is not None:
         environment["HEADWATER_SOURCE"] = str(source)
-    cores = os.cpu_count() or 2
     return AirflowServices(
-        home=settings.airflow_home, environment=environment, parallelism=max(2, min(8, cores))
+        home=settings.airflow_home, environment=environment, parallelism=parallel_tasks()
     )
 
 
 def device_slots() -> int:
-    """GPUs that are there; without any, the machine itself is one device."""
+    """GPUs that are there; without any, each core is one device, as a training on a CPU has one thread."""
     try:
         listed = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=20
         )
     except (OSError, subprocess.SubprocessError):
-        return 1
-    return max(1, sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))
+        return parallel_tasks()
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) or parallel_tasks()
+
+
+def parallel_tasks() -> int:
+    """Tasks that run at once: one on each core, within what memory bears (a training takes 1.4 GB)."""
+    return max(2, min(8, os.cpu_count() or 2))
 
 
 def _built(settings: Settings, dataset: Dataset) -> set[str]:

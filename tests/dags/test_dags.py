@@ -116,7 +116,7 @@ def test_a_backfill_has_a_run_for_each_day_both_ends_included_at_midnight_of_the
 def test_assets_are_emitted_when_everything_that_they_promise_is_done(bag: Any, name: str) -> None:
     assert emits(bag.dags[f"{name}_ingest"]) == {"ingest": [f"{name}.events"]}
     assert emits(bag.dags[f"{name}_features"]) == {
-        "examples": [f"{name}.sequences", f"{name}.examples"]
+        "features": [f"{name}.sequences", f"{name}.examples"]
     }
     upstream = bag.dags[f"{name}_upstream"]
     assert emits(upstream) == {"publish": [f"{name}.models", f"{name}.user_embeddings"]}

@@ -97,5 +97,5 @@ def test_days_delivered_backwards_run_in_order_and_a_failed_day_goes_on_when_men
         f"{s.name}/{s.task}" if s.task else s.name for stage in plan.stages for s in stage.steps
     }
     assert sorted(map(tuple, trace)) == sorted((step, day) for step in steps for day in DAYS)
-    for step in ("history", "examples", *(f"train_{m}" for m in DATASET.models)):
+    for step in ("features", *(f"train_{m}" for m in DATASET.models)):
         assert [day for name, day in trace if name == step] == list(DAYS)
