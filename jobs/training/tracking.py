@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RUN_KEY = "headwater.key"
 SNAPSHOT_TAG = "snapshot"
 CHAMPION_ALIAS, CANDIDATE_ALIAS = "champion", "candidate"
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # its pages show runs, not traces
 _MAX_PARAM = 6000  # characters of a parameter's value that MLflow stores
 _BATCH = 100  # parameters, or tags, of one `log_batch`
 
@@ -63,7 +64,7 @@ def experiment_id(mlflow: MlflowClient, settings: Settings, name: str) -> str:
         local = settings.mlflow_uri.startswith("sqlite:///")
         location = (settings.mlflow_artifacts / name).as_uri() if local else None
         try:
-            return mlflow.create_experiment(name, artifact_location=location)
+            return mlflow.create_experiment(name, artifact_location=location, tags=_KIND)
         except MlflowException as error:
             found = mlflow.get_experiment_by_name(name)
             if found is None:
