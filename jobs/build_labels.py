@@ -155,24 +155,27 @@ def _from_events(
         attribute = stream.attribute(name)
         if attribute.kind is Kind.CATEGORICAL:
             came = came.where(is_id(F.col(name), attribute.id_type))
+    # Newest first, a target precedes an event of the same instant, which so is not after it. `order` is
+    # one number: on one core Sail cannot plan a sort by a column that is constant in half of a union.
     line = targets.select(
         *_ROW,
         "position",
         *ours,
         F.col("time").alias("at"),
+        (F.col("time") * 2 + 1).alias("order"),
         _is_asked(task, dataset).alias("asked"),
         F.lit(None).cast("bigint").alias("next"),
     )
     line = line.unionByName(
         came.select(
-            "user_id", *theirs, F.col("event_time").alias("at"), F.col("event_time").alias("next")
+            "user_id",
+            *theirs,
+            (F.col("event_time") * 2).alias("order"),
+            F.col("event_time").alias("next"),
         ),
         allowMissingColumns=True,
     )
-    # At one instant targets come first, so that an event at `time` itself is not after it.
-    newest_first = Window.partitionBy("user_id", *keys).orderBy(
-        F.col("at").desc(), F.col("next").isNotNull()
-    )
+    newest_first = Window.partitionBy("user_id", *keys).orderBy(F.col("order").desc())
     so_far = newest_first.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     line = line.withColumn("next", F.min("next").over(so_far)).where(F.col("position").isNotNull())
     positive = F.coalesce(F.col("next") <= F.col("at") + micros(label.within), F.lit(False))

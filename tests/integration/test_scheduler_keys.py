@@ -78,7 +78,7 @@ def test_days_delivered_backwards_run_in_order_and_a_failed_day_goes_on_when_men
     plan = Plan(DATASET, DAYS)
     client = started(services, plan)
     ingest, features, upstream = plan.dag_ids[:3]
-    (tmp_path / "broken").write_text(f"history {DAYS[1]}")
+    (tmp_path / "broken").write_text(f"features {DAYS[1]}")
     for day in reversed(DAYS):  # delivered backwards: the newest first
         client.trigger(ingest, day)
 
