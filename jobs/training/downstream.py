@@ -61,13 +61,13 @@ class DownstreamTraining:
 
     train_days: int = 5
     min_train_days: int = 3
-    max_train_targets: int = 120_000
-    max_test_targets: int = 60_000
+    max_train_targets: int = 80_000
+    max_test_targets: int = 30_000
     epochs: int = 1
-    batch_targets: int = 512
+    batch_targets: int = 1024
     learning_rate: float = 2e-3
-    bootstrap_samples: int = 500
-    importance_targets: int = 12_000
+    bootstrap_samples: int = 300
+    importance_targets: int = 6_000
     threads: int = 1
     tables: TableConfig = field(
         default_factory=lambda: TableConfig(dim=16, default_rows=2**12, item_rows=2**14)
