@@ -243,7 +243,7 @@ class AirflowServices:
             "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "30",
             "DAG_PROCESSOR__REFRESH_INTERVAL": "30",
             "DAG_PROCESSOR__PARSING_PROCESSES": "1",
-            "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+            "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
             # A busy machine is not a dead scheduler: it would start its running tasks a second time.
             "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "300",
             # Also how long a worker may take to see that its task has ended.
