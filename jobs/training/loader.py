@@ -133,7 +133,7 @@ def labelled_batches(
     limits: Limits | None = None,
     skip: int = 0,
 ) -> Iterator[Batch]:
-    """Batches of the labelled rows of the days `shown`, mixed.
+    """Batches of the labelled targets of the days `shown`, mixed; their rows keep the whole history.
 
     Args:
         users: all, or one side of the held-out split.
@@ -246,7 +246,7 @@ def _decoded(
         offsets = np.zeros(int(mine.sum()) + 1, np.int64)
         np.cumsum(lengths[mine], out=offsets[1:])
         labels[np.repeat(mine, lengths)] = s.labels.of_rows(ids[mine], part[mine], offsets)
-    return rows
+    return rows.asked()
 
 
 def cuts(rows: Rows, limits: Limits) -> list[tuple[int, int]]:

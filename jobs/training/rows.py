@@ -7,7 +7,7 @@ Works on `examples` (history, user features and targets), `aggregates` (user fea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,6 +82,19 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.user_id)
+
+    def asked(self) -> Rows:
+        """Without the targets that no task here asks about: a day's tasks mature on different days."""
+        keep = (self.labels != NO_LABEL).any(axis=1)
+        if keep.all():
+            return self
+        before = np.concatenate([[0], np.cumsum(keep)])
+        return replace(
+            self,
+            target_offsets=before[self.target_offsets],
+            targets={name: values[keep] for name, values in self.targets.items()},
+            labels=self.labels[keep],
+        )
 
     def batch(self, lo: int, hi: int) -> Batch:
         """Rows `lo` to `hi`."""
