@@ -29,16 +29,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "jobs.run", "--dataset", "simulated"]
     command += ["--first", FIRST, "--last", LAST, "--source", "users=2500", "--backwards"]
     environment = {**os.environ, "HEADWATER_HOME": str(home), "HEADWATER_ENGINE": "sail"}
-    done = subprocess.run(
+    process = subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=1500,
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    try:
+        said = process.communicate(timeout=1500)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it stops Airflow and the engine, which a kill would leave behind
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said[-8000:]
     return home
 
 

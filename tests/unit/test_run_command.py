@@ -1,0 +1,46 @@
+"""What `make run` refuses before it starts anything: one sentence, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import run as command
+
+GLOBO = ["--dataset", "globo", "--last", "2017-10-03"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--dataset", "shop"], "dataset is 'shop': known are globo, simulated"),
+        (["--dataset", "globo", "--source", "."], "TO is missing"),
+        (["--dataset", "simulated", "--first", "2024-13-01"], "day is '2024-13-01', expected YYYY-MM-DD"),
+        (["--dataset", "simulated", "--first", "2020-01-01"], "FROM is 2020-01-01"),
+        (["--dataset", "simulated", "--first", "2024-03-02", "--last", "2024-03-01"], "TO is 2024-03-01"),
+        (GLOBO, "SOURCE is missing"),
+        ([*GLOBO, "--source", "/no/such/folder"], "SOURCE is '/no/such/folder': there is no such folder"),
+        ([*GLOBO, "--source", __file__], "there is no such folder"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_refused_in_one_sentence(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HEADWATER_HOME", str(home))
+    monkeypatch.setattr(sys, "argv", ["jobs.run", *arguments])
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert says in said.err
+    assert said.out == ""
+    assert not home.exists()
