@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CONTEXT_ARM, AGGREGATES_ARM = "context", "aggregates"
+TABLE_WIDTH = 124
 
 
 def run(context: JobContext) -> None:
@@ -43,6 +44,7 @@ def run(context: JobContext) -> None:
         staging.replace(folder / name)
     _log(context, folder, report)
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     for table in terminal(report):
         console.print(table)
     print(f"report: {folder / 'index.html'}", flush=True)
@@ -112,7 +114,7 @@ def _task(context: JobContext, task: Task) -> dict[str, Any]:
     results = {ds: r for ds, r in results.items() if r.get("arms")}
     if not results:
         return found
-    frames = {r["test_ds"]: _predictions(root / ds, r) for ds, r in results.items()}
+    frames = {r["test_day"]: _predictions(root / ds, r) for ds, r in results.items()}
     return found | _compare(context, task, results, frames)
 
 

@@ -31,6 +31,11 @@ def interval(value: Mapping[str, float] | None, digits: int = 4) -> str:
     return f"{value['mean']:+.{digits}f} [{value['low']:+.{digits}f}, {value['high']:+.{digits}f}]"
 
 
+def days_text(days: Sequence[str]) -> str:
+    """The first and the last day."""
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
 def svg(figure: Figure) -> str:
     """A figure as an SVG element to put into the page."""
     out = io.StringIO()
@@ -105,7 +110,7 @@ def html(report: Mapping[str, Any]) -> str:
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(num=number, percent=percent, interval=interval)
+    environment.globals.update(num=number, percent=percent, interval=interval, days_text=days_text)
     page = dict(report)
     page["tasks"] = [
         {**t, "figure": Markup(svg(arms_figure(t))) if t["arms"] else ""} for t in report["tasks"]
@@ -133,10 +138,10 @@ def terminal(report: Mapping[str, Any]) -> list[Table]:
             tables.append(table)
             continue
         table = Table(
-            title=f"{task['name']}{kind}: {task['targets']:,} targets on {', '.join(task['days'])}",
+            title=f"{task['name']}{kind}: {task['targets']:,} targets, {days_text(task['days'])}",
             title_justify="left",
         )
-        table.add_column("inputs")
+        table.add_column("inputs", no_wrap=True)
         for name in ("NE", "AUC", "NE to context and item", "NE to + aggregates"):
             table.add_column(name, justify="right", no_wrap=True)
         if task["oracle"]:
