@@ -59,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run, and exit with 0 when every day is done, 2 for a user's error, 1 for days that failed."""
     args = parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # not by way of SIGINT, which a shell's background job is started with ignored
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(run(args))
     except HeadwaterError as error:
@@ -208,12 +209,14 @@ def _again_since(settings: Settings, plan: Plan, *, again: bool) -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C does not interrupt the clearing up."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A second Ctrl-C or SIGTERM does not interrupt the clearing up."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(s, signal.SIG_IGN) for s in signals]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for s, handler in zip(signals, before, strict=True):
+            signal.signal(s, handler)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ _MLFLOW_PORT, _FILES_PORT = 5000, 8081
 
 def main() -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve(Settings.from_env())
     except HeadwaterError as error:
