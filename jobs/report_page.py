@@ -53,7 +53,7 @@ def _blank(width: float, height: float) -> tuple[Figure, Any]:
 
 def arms_figure(task: Mapping[str, Any]) -> Figure:
     """NE of each arm on each test day, against the base rate and, where known, the truth."""
-    figure, axes = _blank(6.0, 3.4)
+    figure, axes = _blank(6.0, 4.2)
     days = task["days"]
     for arm in task["arms"]:
         values = [arm["by_day"].get(day) for day in days]
@@ -62,9 +62,9 @@ def arms_figure(task: Mapping[str, Any]) -> Figure:
     if task["oracle"]:
         axes.axhline(task["oracle"]["ne"], color="black", linestyle=":", linewidth=1, label="truth")
     axes.set_ylabel("NE (lower is better)")
-    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="x", labelsize=8, rotation=30)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, ncols=2, loc="outside lower center")
     return figure
 
 
