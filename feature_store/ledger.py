@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 
 from feature_store.tables import LEDGER
 
@@ -130,7 +131,12 @@ def newest(uri: str, table: str, model: str) -> dict[str, Partition]:
 
     if not DeltaTable.is_deltatable(uri):
         return {}
-    dataset = DeltaTable(uri).to_pyarrow_dataset(file_pruning_predicate=[("table", "=", table)])
+    # Arrow's own filesystem: deltalake's calls back into Python, also from threads at a process's end.
+    files, path = pafs.FileSystem.from_uri(uri) if "://" in uri else (pafs.LocalFileSystem(), uri)
+    dataset = DeltaTable(uri).to_pyarrow_dataset(
+        file_pruning_predicate=[("table", "=", table)],
+        filesystem=pafs.SubTreeFileSystem(path, files),
+    )
     rows = dataset.to_table().select(LEDGER.names).to_pylist()
     found: dict[str, Partition] = {}
     for row in sorted(rows, key=lambda r: (r["ds"], r["version"], r["written_at"])):
