@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from feature_store.spec import Dataset, Task
 from feature_store.tables import contracts
 from jobs.context import JobContext, main
+from jobs.train_downstream import PREDICTIONS, RESULT
+from jobs.train_upstream import EVALUATION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,15 +35,14 @@ def run(context: JobContext) -> None:
     from rich.console import Console
 
     from jobs.report_page import html, terminal
+    from jobs.training.checkpoints import write_atomically
 
     report = assemble(context)
     folder = context.settings.report_dir(context.dataset.name)
     folder.mkdir(parents=True, exist_ok=True)
     page = html(report)
     for name, text in (("report.json", json.dumps(report, indent=1)), ("index.html", page)):
-        staging = folder / f".{name}"
-        staging.write_text(text)
-        staging.replace(folder / name)
+        write_atomically(folder / name, text.encode())
     _log(context, folder, report)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
@@ -108,7 +109,7 @@ def _task(context: JobContext, task: Task) -> dict[str, Any]:
     root = context.settings.downstream_dir(context.dataset.name, task.name)
     results = {
         p.parent.name: json.loads(p.read_text())
-        for p in sorted(root.glob("*/result.json"))
+        for p in sorted(root.glob(f"*/{RESULT}"))
         if p.parent.name <= context.ds
     }
     results = {ds: r for ds, r in results.items() if r.get("arms")}
@@ -121,7 +122,7 @@ def _task(context: JobContext, task: Task) -> dict[str, Any]:
 def _predictions(folder: Path, result: Mapping[str, Any]) -> pd.DataFrame:
     import pandas as pd
 
-    frame = pd.read_parquet(folder / "predictions.parquet")
+    frame = pd.read_parquet(folder / PREDICTIONS)
     frame["test_day"] = result["test_day"]
     frame["base_rate"] = result["base_rate"]
     return frame
@@ -190,7 +191,7 @@ def _metrics(rows: pd.DataFrame, predictions: pd.Series, rate: float) -> dict[st
 
     found = metrics.summary(rows["label"].to_numpy(), predictions.to_numpy(), rate)
     return {
-        name: _number(found[key])
+        name: metrics.finite_or_none(found[key])
         for name, key in (
             ("ne", "ne"),
             ("ne_shifted", "shifted_ne"),
@@ -198,10 +199,6 @@ def _metrics(rows: pd.DataFrame, predictions: pd.Series, rate: float) -> dict[st
             ("calibration", "calibration"),
         )
     }
-
-
-def _number(value: float) -> float | None:
-    return float(value) if isfinite(value) else None
 
 
 def _share(ne: float | None, oracle_ne: float | None) -> float | None:
@@ -262,7 +259,7 @@ def _upstream(
             by_day[task.name][model] = [(f["shown_ds"], f["ne"]) for f in found.values()]
             frames = []
             for ds, values in found.items():
-                path = context.settings.snapshot_dir(dataset.name, model, ds) / "evaluation.parquet"
+                path = context.settings.snapshot_dir(dataset.name, model, ds) / EVALUATION
                 frame = pd.read_parquet(path, filters=[("task", "==", task.name)])
                 frames.append(frame.assign(base_rate=values["base_rate"]))
             rows = pd.concat(frames, ignore_index=True)
@@ -286,7 +283,7 @@ def _upstream(
 
 def _model_days(context: JobContext, model: str) -> dict[str, dict[str, Any]]:
     root = context.settings.snapshot_dir(context.dataset.name, model, context.ds).parent
-    found = {p.parent.name: json.loads(p.read_text()) for p in sorted(root.glob("*/result.json"))}
+    found = {p.parent.name: json.loads(p.read_text()) for p in sorted(root.glob(f"*/{RESULT}"))}
     return {ds: r for ds, r in found.items() if ds <= context.ds}
 
 

@@ -58,11 +58,6 @@ def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str) -> Days:
     )
 
 
-def folder(context: JobContext, task: Task) -> Path:
-    """Where the result of a day lies."""
-    return context.settings.home / "downstream" / context.dataset.name / task.name / context.ds
-
-
 def run(context: JobContext) -> None:
     """Compare the arms of `context.task` on the newest day that matured by `context.ds`."""
     task = context.require_task()
@@ -103,9 +98,7 @@ def compare(
     dataset = context.dataset
     inputs: dict[str, int] = {}
     snapshots: dict[str, dict[str, str]] = {}
-    training, train_share = _load(
-        context, task, train_days, config, inputs, snapshots, test=False
-    )
+    training, train_share = _load(context, task, train_days, config, inputs, snapshots, test=False)
     test, test_share = _load(context, task, (test_day,), config, inputs, snapshots, test=True)
     if not training or not test:
         return None
@@ -140,7 +133,7 @@ def compare(
         "config": to_plain(config),
         "inputs": inputs,
     }
-    where = folder(context, task)
+    where = context.settings.downstream_dir(dataset.name, task.name) / context.ds
     where.mkdir(parents=True, exist_ok=True)
     write_predictions(dataset, scored, where / PREDICTIONS)
     write_atomically(where / RESULT, json.dumps(result, indent=1).encode())

@@ -172,6 +172,11 @@ def summary(
     return found
 
 
+def finite_or_none(value: float) -> float | None:
+    """`value`, or None where it is NaN or infinite: what a JSON file or a page can hold."""
+    return float(value) if np.isfinite(value) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """A difference with its bootstrap interval; all NaN where there is nothing to compare."""

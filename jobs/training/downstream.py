@@ -239,7 +239,9 @@ class Comparison:
                 "sources": list(arm.sources),
                 "user_features": arm.user_features,
                 **metrics_of(found.label, found.prediction, rate),
-                "gauc": _number(metrics.grouped_auc(found.label, found.prediction, found.user_id)),
+                "gauc": metrics.finite_or_none(
+                    metrics.grouped_auc(found.label, found.prediction, found.user_id)
+                ),
                 "domains": self._domains(found, rate),
             }
             if arm.user_features and (
@@ -311,10 +313,14 @@ class Comparison:
         ranking = metrics.importance_ranking(whole, {f: ne(f) for f in features(self.plan, arm)})
         return {
             "arm": arm.name,
-            "ne": _number(whole),
+            "ne": metrics.finite_or_none(whole),
             "targets": targets,
             "ranking": [
-                {"rank": r.rank, "feature": r.feature, "ne_increase": _number(r.ne_increase)}
+                {
+                    "rank": r.rank,
+                    "feature": r.feature,
+                    "ne_increase": metrics.finite_or_none(r.ne_increase),
+                }
                 for r in ranking
             ],
         }
@@ -324,10 +330,6 @@ def _only_task(batch: Batch, index: int) -> Batch:
     labels = torch.full_like(batch.labels, -1)
     labels[:, index] = batch.labels[:, index]
     return replace(batch, labels=labels)
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def features(plan: FeaturePlan, arm: ArmConfig) -> list[str]:

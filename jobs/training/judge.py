@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,21 +25,21 @@ def metrics_of(labels: np.ndarray, predictions: np.ndarray, base_rate: float | N
     both = 0 < labels.sum() < len(labels)
     ne = shifted = None
     if base_rate is not None and len(labels):
-        ne = _finite(metrics.normalized_entropy(labels, predictions, base_rate))
-        shifted = _finite(metrics.shifted_normalized_entropy(labels, predictions, base_rate))
+        ne = metrics.finite_or_none(metrics.normalized_entropy(labels, predictions, base_rate))
+        shifted = metrics.finite_or_none(
+            metrics.shifted_normalized_entropy(labels, predictions, base_rate)
+        )
     return {
         "ne": ne,
         "shifted_ne": shifted,
-        "auc": _finite(metrics.auc(labels, predictions)) if both else None,
-        "calibration": _finite(metrics.calibration(labels, predictions)) if both else None,
+        "auc": metrics.finite_or_none(metrics.auc(labels, predictions)) if both else None,
+        "calibration": metrics.finite_or_none(metrics.calibration(labels, predictions))
+        if both
+        else None,
         "labels": len(labels),
         "positives": int(labels.sum()),
         "base_rate": base_rate,
     }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def task_metrics(

@@ -102,14 +102,6 @@ def _position(index: Column) -> Column:
     return F.least(index + 1, F.lit(MAX_POSITION)).cast("bigint")
 
 
-def _with_hour(impressions: DataFrame, utc_offset: timedelta) -> DataFrame:
-    from pyspark.sql import functions as F
-
-    local = F.col("as_of") + micros(utc_offset)
-    hour = F.floor(F.pmod(local, F.lit(24 * HOUR_US)) / HOUR_US).cast("bigint")
-    return impressions.withColumn("hour", hour)
-
-
 def clicks(sessions: DataFrame, span: tuple[int, int]) -> DataFrame:
     """The clicks of the day."""
     from pyspark.sql import functions as F
