@@ -54,10 +54,10 @@ $(STAMP): requirements.lock
 comma := ,
 
 run: install
-	@$(PY) -m jobs.run --dataset $(DATASET) $(RANGE)
+	@$(PY) -m jobs.local.run --dataset $(DATASET) $(RANGE)
 
 ui: install
-	@$(PY) -m jobs.ui
+	@$(PY) -m jobs.local.ui
 
 test: install lint types
 	@$(PY) -m pytest

@@ -1,6 +1,6 @@
 """The stages of a day, derived from the spec: what each waits for, runs and emits.
 
-`dags/` turns them into Airflow DAGs and `jobs/run.py` knows from them which days to wait for; both
+`dags/` turns them into Airflow DAGs and `jobs/local/run.py` knows from them which days to wait for; both
 read them here, so that a new task or model of a spec is in both at once.
 
     ingest                cron                                     -> events

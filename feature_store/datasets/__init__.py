@@ -21,8 +21,12 @@ def get(name: str) -> Dataset:
         SpecError: there is no such dataset.
     """
     if name not in names():
-        raise SpecError(f"dataset is {name!r}: known are {', '.join(names())}; add feature_store/datasets/<name>.py")
+        raise SpecError(
+            f"dataset is {name!r}: known are {', '.join(names())}; add feature_store/datasets/<name>.py"
+        )
     dataset = importlib.import_module(f"feature_store.datasets.{name}").DATASET
     if dataset.name != name:
-        raise SpecError(f"Dataset.name is {dataset.name!r} in feature_store/datasets/{name}.py: name them alike")
+        raise SpecError(
+            f"Dataset.name is {dataset.name!r} in feature_store/datasets/{name}.py: name them alike"
+        )
     return dataset

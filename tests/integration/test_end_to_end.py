@@ -26,7 +26,7 @@ FIRST, LAST = "2024-03-01", "2024-03-05"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
-    command = [sys.executable, "-m", "jobs.run", "--dataset", "simulated"]
+    command = [sys.executable, "-m", "jobs.local.run", "--dataset", "simulated"]
     command += ["--first", FIRST, "--last", LAST, "--source", "users=2500", "--backwards"]
     environment = {**os.environ, "HEADWATER_HOME": str(home), "HEADWATER_ENGINE": "sail"}
     process = subprocess.Popen(

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from feature_store import datasets
-from jobs.airflow_client import AirflowClient
-from jobs.airflow_services import AirflowServices
-from jobs.launcher import Launcher
-from jobs.run import DEVICES_POOL
-from jobs.run_plan import DONE, FAILED, Plan
+from jobs.local.client import AirflowClient
+from jobs.local.launcher import Launcher
+from jobs.local.plan import DONE, FAILED, Plan
+from jobs.local.run import DEVICES_POOL
+from jobs.local.services import AirflowServices
 
 DATASET = datasets.get("simulated")
 DAYS = ("2024-03-01", "2024-03-02", "2024-03-03")

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from feature_store import datasets
-from jobs import progress
-from jobs.airflow_client import TaskRun
-from jobs.run_plan import DONE, FAILED, Plan
+from jobs.local import progress
+from jobs.local.client import TaskRun
+from jobs.local.plan import DONE, FAILED, Plan
 
 PLAN = Plan(datasets.get("simulated"), ("2024-03-01", "2024-03-02"))
 INGEST, FEATURES = PLAN.dag_ids[:2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import run as command
+from jobs.local import run as command
 
 GLOBO = ["--dataset", "globo", "--last", "2017-10-03"]
 
@@ -34,7 +34,7 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
 ) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("HEADWATER_HOME", str(home))
-    monkeypatch.setattr(sys, "argv", ["jobs.run", *arguments])
+    monkeypatch.setattr(sys, "argv", ["jobs.local.run", *arguments])
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         command.main()

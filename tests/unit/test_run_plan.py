@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from feature_store import datasets
 from feature_store.days import day_range, shift
 from feature_store.errors import MissingPartitionError, SpecError
-from jobs.run_plan import DONE, FAILED, Pair, Plan, check_history, choose_days
+from jobs.local.plan import DONE, FAILED, Pair, Plan, check_history, choose_days
 
 SIMULATED = datasets.get("simulated")
 DAYS = tuple(day_range("2024-03-01", "2024-03-04"))

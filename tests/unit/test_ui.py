@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from jobs.ui import files_server, index
+from jobs.local.ui import files_server, index
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from feature_store.errors import HeadwaterError
-from jobs.airflow_client import AirflowClient, TaskRun
+from jobs.local.client import AirflowClient, TaskRun
 from jobs.settings import REPOSITORY
 
 START_SECONDS = 180

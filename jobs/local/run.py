@@ -1,6 +1,6 @@
 """`make run`: Airflow's scheduler takes a dataset through a range of days, and a report ends it.
 
-    python -m jobs.run --dataset D [--first DAY] [--last DAY] [--source DIR] [--again]
+    python -m jobs.local.run --dataset D [--first DAY] [--last DAY] [--source DIR] [--again]
                        [--backwards]
 
 Starts the engine and Airflow (SQLite, local processes, loopback), backfills the ingest DAG, lets the
@@ -28,9 +28,9 @@ from feature_store import datasets
 from feature_store.days import parse_day
 from feature_store.errors import DataError, HeadwaterError
 from feature_store.spec import Dataset
-from jobs.airflow_services import AirflowServices
-from jobs.launcher import Launcher
-from jobs.run_plan import Plan, check_history, choose_days
+from jobs.local.launcher import Launcher
+from jobs.local.plan import Plan, check_history, choose_days
+from jobs.local.services import AirflowServices
 from jobs.settings import REPOSITORY, Settings
 
 DEVICES_POOL = "devices"
@@ -39,7 +39,7 @@ DEVICES_POOL = "devices"
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     cli = argparse.ArgumentParser(
-        prog="python -m jobs.run", description="Build days of a dataset, to the report."
+        prog="python -m jobs.local.run", description="Build days of a dataset, to the report."
     )
     cli.add_argument("--dataset", required=True, help="a file of feature_store/datasets/")
     cli.add_argument("--first", metavar="DAY", help="first day (default: where the data begin)")

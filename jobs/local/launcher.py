@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from feature_store.days import shift
-from jobs.airflow_client import ACTIVE, AirflowClient, AirflowError, DagRun
-from jobs.airflow_services import AirflowServices
-from jobs.progress import Progress
-from jobs.run_plan import DONE, Pair, Plan
+from jobs.local.client import ACTIVE, AirflowClient, AirflowError, DagRun
+from jobs.local.plan import DONE, Pair, Plan
+from jobs.local.progress import Progress
+from jobs.local.services import AirflowServices
 
 POLL_SECONDS = 2.0
 STALLED_SECONDS = 120  # nothing active, nothing changed for so long: the rest will not come

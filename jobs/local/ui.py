@@ -22,9 +22,9 @@ from urllib.parse import quote
 
 from feature_store import datasets
 from feature_store.errors import HeadwaterError
-from jobs.airflow_services import AirflowServices, ServiceError, free_port, read_state
-from jobs.run import DEVICES_POOL, device_slots, services_for
-from jobs.run_plan import Plan
+from jobs.local.plan import Plan
+from jobs.local.run import DEVICES_POOL, device_slots, services_for
+from jobs.local.services import AirflowServices, ServiceError, free_port, read_state
 from jobs.settings import REPOSITORY, Settings
 
 _MLFLOW_PORT, _FILES_PORT = 5000, 8081

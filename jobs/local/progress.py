@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jobs.airflow_client import TaskRun
-from jobs.run_plan import DONE, FAILED, Pair, Plan
+from jobs.local.client import TaskRun
+from jobs.local.plan import DONE, FAILED, Pair, Plan
 
 HEARTBEAT_SECONDS = 30
 _FINAL = {DONE: "done", FAILED: "failed", "up_for_retry": "failed, will be tried again"}
