@@ -18,13 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-
+from benchmarks.compare_homes import tables_differ
 from feature_store import datasets
 from feature_store.days import day_range
-from feature_store.lake import Lake
-from feature_store.spec import Dataset
 from jobs.settings import REPOSITORY
 
 ENGINES = ("spark", "sail")
@@ -64,30 +60,6 @@ def build(home: Path, engine: str, args: argparse.Namespace, days: list[str]) ->
     return seconds
 
 
-def rows(home: Path, dataset: Dataset, table: str, days: list[str]) -> pa.Table:
-    """The rows of `days` in the order of the table's key."""
-    lake = Lake(home / "lake", dataset)
-    found = lake.read(table, days=days)
-    return found.sort_by([(k, "ascending") for k in ("ds", *lake.contract(table).key)])
-
-
-def same(one: pa.Array, other: pa.Array) -> bool:
-    """Whether two columns hold the same bits; missing numbers, which are NaN, count as equal."""
-    if isinstance(one, pa.ChunkedArray):
-        one, other = one.combine_chunks(), other.combine_chunks()
-    if one.equals(other):
-        return True
-    if len(one) != len(other) or one.null_count != other.null_count:
-        return False
-    if pa.types.is_list(one.type):
-        lengths = one.value_lengths().equals(other.value_lengths())
-        return lengths and same(one.flatten(), other.flatten())
-    if pa.types.is_floating(one.type):
-        pair = (x.to_numpy(zero_copy_only=False) for x in (one, other))
-        return np.array_equal(*pair, equal_nan=True)
-    return False
-
-
 def main() -> None:
     """Build, compare, print."""
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -104,13 +76,7 @@ def main() -> None:
         for job in JOBS:
             spark, sail = (seconds[engine][job] for engine in ENGINES)
             print(f"{job:18} spark {spark:7.1f}   sail {sail:7.1f}   ratio {spark / sail:5.2f}")
-        differ = False
-        for table in TABLES:
-            spark, sail = (rows(homes[engine], dataset, table, days) for engine in ENGINES)
-            unlike = [c for c in spark.column_names if not same(spark[c], sail[c])]
-            differ |= bool(unlike)
-            verdict = f"DIFFER in {', '.join(unlike)}" if unlike else "the same"
-            print(f"{table:18} {spark.num_rows:>10,} rows   {verdict}")
+        differ = tables_differ((homes["spark"], homes["sail"]), dataset, days, list(TABLES))
     sys.exit(1 if differ else 0)
 
 
