@@ -67,6 +67,7 @@ class Lake:
             self._fs = pafs.LocalFileSystem()
             self._base = self._uri = str(Path(root).absolute() / dataset.name)
             self.docs_root = docs_root or Path(root).absolute().parent / "quality" / dataset.name
+        self._frames: dict[tuple[str, str, int], DataFrame] = {}
         self._staging = Staging(filesystem=self._fs, base=self._base, remote=self._remote)
 
     # ---- what there is
@@ -193,14 +194,23 @@ class Lake:
         if not self.exists(table):
             schema = from_arrow_schema(self.contract(table).schema, prefer_timestamp_ntz=True)
             return spark.createDataFrame([], schema)
-        # Naming the version is also what is fast: 1 s against 5 to 8 s on Apache Spark with Delta.
         at = self.version(table) if version is None else version
-        frame = spark.read.format("delta").option("versionAsOf", at).load(self.uri(table))
+        frame = self._delta(spark, table, at)
         if days is not None:
             frame = frame.where(
                 F.col("ds").isin(list(days)) if len(days) != 1 else F.col("ds") == days[0]
             )
         return frame.select(*names)
+
+    def _delta(self, spark: SparkSession, table: str, version: int) -> DataFrame:
+        """`table` as of `version`, the same frame each time: an engine that has analysed a plan knows
+        it again, and Apache Spark replays a table's log for every other one (0.7 s against 0.2)."""
+        key = (spark.session_id, table, version)
+        if key not in self._frames:
+            # Naming the version is also what is fast: 1 s against 5 to 8 s on Apache Spark with Delta.
+            reader = spark.read.format("delta").option("versionAsOf", version)
+            self._frames[key] = reader.load(self.uri(table))
+        return self._frames[key]
 
     # ---- publishing
 

@@ -15,6 +15,7 @@ item features of the hours that had closed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyspark.sql import Column, DataFrame, Window
@@ -48,7 +49,21 @@ if TYPE_CHECKING:
     from jobs.context import JobContext
 
 _TARGET = -1  # in place of a stream's index
-_MOST_NAMED = 1000  # users in a predicate
+_MOST_NAMED = 1000  # users, or events, in a predicate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unusual:
+    """What only few users of a day have, and what so costs little where it is known beforehand.
+
+    Args:
+        busy_users: who has more than `max_part_rows` events and targets, the only ones that are cut
+            into parts. None: not known.
+        delivered_again: ids of the day's events that their user's state holds. None: not known.
+    """
+
+    busy_users: Sequence[int | str] | None = None
+    delivered_again: Sequence[int] | None = None
 
 
 def transform(
@@ -60,7 +75,7 @@ def transform(
     item_aggregates: DataFrame | None,
     dataset: Dataset,
     ds: str,
-    busy: Sequence[int | str] | None = None,
+    unusual: Unusual | None = None,
 ) -> DataFrame:
     """The examples of one day.
 
@@ -70,11 +85,13 @@ def transform(
         aggregates: the partition of the day before; empty on the first day.
         item_aggregates: partitions of the days that it reaches back and of `ds`; None where the
             dataset declares no item features.
-        busy: the users with more than `max_part_rows` events and targets on the day, the only ones
-            that are cut into parts; None: not known, which costs a sort of everybody's day.
+        unusual: what needs more work, from `unusual_of`; None: not known, which costs a join of
+            every event with its user's state and a sort of everybody's day.
     """
     targets = _targets(impressions, item_aggregates, dataset, ds)
-    rows = _rows(_first_time(events, state, dataset), targets, dataset, busy)
+    unusual = unusual or Unusual()
+    events = _first_time(events, state, dataset, unusual.delivered_again)
+    rows = _rows(events, targets, dataset, unusual.busy_users)
     packed = _pack(rows, dataset).join(state, "user_id", "left")
     packed = packed.select("*", *_histories(dataset))
     history = [
@@ -94,13 +111,26 @@ def transform(
     )
 
 
-def _first_time(events: DataFrame, state: DataFrame, dataset: Dataset) -> DataFrame:
+def _first_time(
+    events: DataFrame, state: DataFrame, dataset: Dataset, known: Sequence[int] | None
+) -> DataFrame:
     """`events` without those whose id is already in their user's state: they were delivered again."""
-    held = F.concat(*(F.col(history_column(s.name, "event_id")) for s in dataset.streams))
-    today = events.groupBy("user_id").agg(F.collect_list("event_id").alias("ids"))
-    again = today.join(state.select("user_id", held.alias("held")), "user_id")
-    again = again.select("user_id", F.explode(F.array_intersect("ids", "held")).alias("event_id"))
+    if known is not None:
+        return events.where(~F.col("event_id").isin(list(known))) if known else events
+    again = _user_days(events.select("user_id", "event_id"), state, dataset)
+    again = again.select("user_id", F.explode("again").alias("event_id"))
     return events.join(again, ["user_id", "event_id"], "left_anti")
+
+
+def _user_days(rows: DataFrame, state: DataFrame, dataset: Dataset) -> DataFrame:
+    """Per user of `rows` (user_id, event_id): how many `rows`, and the ids `again` that the state holds."""
+    held = F.concat(*(F.col(history_column(s.name, "event_id")) for s in dataset.streams))
+    days = rows.groupBy("user_id").agg(
+        F.count(F.lit(1)).alias("rows"), F.collect_list("event_id").alias("ids")
+    )
+    days = days.join(state.select("user_id", held.alias("held")), "user_id", "left")
+    again = F.coalesce(F.array_intersect("ids", "held"), empty("array<bigint>"))
+    return days.select("user_id", "rows", again.alias("again"))
 
 
 def _targets(
@@ -312,14 +342,21 @@ def _with_user_features(rows: DataFrame, dataset: Dataset) -> DataFrame:
     return rows.withColumns(filled)
 
 
-def busy_users(
-    events: DataFrame, impressions: DataFrame, dataset: Dataset
-) -> list[int | str] | None:
-    """The users with more events and targets than one row holds; None if they are too many to name."""
-    users = events.select("user_id").unionByName(impressions.select("user_id"))
-    counts = users.groupBy("user_id").agg(F.count(F.lit(1)).alias("rows"))
-    busy = counts.where(F.col("rows") > dataset.max_part_rows).limit(_MOST_NAMED + 1).collect()
-    return None if len(busy) > _MOST_NAMED else [row["user_id"] for row in busy]
+def unusual_of(
+    events: DataFrame, impressions: DataFrame, state: DataFrame, dataset: Dataset
+) -> Unusual:
+    """What is unusual about a day, in one small query."""
+    rows = events.select("user_id", "event_id").unionByName(
+        impressions.select("user_id", F.lit(None).cast("bigint").alias("event_id"))
+    )
+    days = _user_days(rows, state, dataset)
+    is_busy = F.col("rows") > dataset.max_part_rows
+    found = days.where(is_busy | (F.size("again") > 0)).limit(_MOST_NAMED + 1).collect()
+    again = [event_id for row in found for event_id in row["again"]]
+    if len(found) > _MOST_NAMED or len(again) > _MOST_NAMED:
+        return Unusual()
+    busy = [row["user_id"] for row in found if row["rows"] > dataset.max_part_rows]
+    return Unusual(busy_users=busy, delivered_again=again)
 
 
 def run(context: JobContext) -> None:
@@ -353,7 +390,7 @@ def run(context: JobContext) -> None:
         item_aggregates=items,
         dataset=dataset,
         ds=ds,
-        busy=busy_users(events, impressions, dataset),
+        unusual=unusual_of(events, impressions, state, dataset),
     )
     publish(context, "examples", frame, inputs)
 

@@ -41,24 +41,31 @@ def assert_same(got: list[Row], want: list[Row], table: str, dataset: Dataset = 
 
 
 def build_examples_of(
-    spark: SparkSession, world: World, ds: str, *, busy: list[int] | None = None
+    spark: SparkSession, world: World, ds: str, *, look_first: bool = False
 ) -> list[Row]:
     """The partition `ds` of `examples` and what it is built from, in one query; only the item counts
     come from the reference, since a chain of days would make the query grow.
+
+    Args:
+        look_first: find out what is unusual about the day, as the job does.
     """
     yesterday = shift(ds, -1)
     items = [r for d in DAYS if d <= ds for r in reference.item_aggregates(world.events, TINY, d)]
     before = frame(spark, until(world.events, yesterday), "events")
     state = build_sequences.rebuild(before, TINY, yesterday, base=True)
     served = build_aggregates.transform(before, TINY, yesterday)
+    events = frame(spark, world.events[ds], "events")
+    impressions = frame(spark, world.impressions[ds], "impressions")
+    state = state.drop("ds")
+    unusual = build_examples.unusual_of(events, impressions, state, TINY) if look_first else None
     examples = build_examples.transform(
-        events=frame(spark, world.events[ds], "events"),
-        impressions=frame(spark, world.impressions[ds], "impressions"),
-        state=state.drop("ds"),
+        events=events,
+        impressions=impressions,
+        state=state,
         aggregates=served if ds > DAYS[0] else frame(spark, [], "aggregates"),
         item_aggregates=frame(spark, items, "item_aggregates"),
         dataset=TINY,
         ds=ds,
-        busy=busy,
+        unusual=unusual,
     )
     return rows_of(examples)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from hypothesis import given, settings
 
 from feature_store.days import HOUR_US, shift, start_us
+from jobs import build_examples, build_sequences
+from jobs.build_examples import Unusual
 from tests import reference
-from tests.frames import assert_same, build_examples_of
+from tests.frames import assert_same, build_examples_of, frame
 from tests.tiny import DAYS, TINY, World, event, make_world, target, worlds
 
 DS = DAYS[3]
-
-
-def _busy(world: World) -> list[int]:
-    rows = Counter(r["user_id"] for r in world.events[DS] + world.impressions[DS])
-    return [user for user, count in rows.items() if count > TINY.max_part_rows]
 
 
 @settings(max_examples=5)
@@ -24,7 +19,7 @@ def _busy(world: World) -> list[int]:
 def test_examples_equal_the_naive_reference(spark, world):
     want = reference.examples(world.events, world.impressions, TINY, DS, first=False)
     assert_same(build_examples_of(spark, world, DS), want, "examples")
-    assert_same(build_examples_of(spark, world, DS, busy=_busy(world)), want, "examples")
+    assert_same(build_examples_of(spark, world, DS, look_first=True), want, "examples")
 
 
 @settings(max_examples=4)
@@ -61,6 +56,22 @@ def test_a_busy_day_becomes_parts_and_a_part_without_targets_none(spark):
     assert [r["targets__history_end__view"] for r in rows] == [[0], [6]]
     times = [e["event_time"] for e in world.events[DS]]
     assert rows[1]["history__view__event_time"] == times[10:]  # 4 before the part, its own 2
+
+
+def test_what_is_unusual_about_a_day_is_found_before_it_is_packed(spark):
+    yesterday, today = (start_us(d, TINY.utc_offset) for d in (DAYS[0], DAYS[1]))
+    held = [event(1, "view", 1, yesterday, article=1), event(2, "view", 2, yesterday, article=1)]
+    busy = [event(10 + i, "view", 3, today + i, article=1) for i in range(TINY.max_part_rows)]
+    again = event(2, "view", 2, yesterday, ingest=today, article=1)
+    state = build_sequences.rebuild(frame(spark, held, "events"), TINY, DAYS[0], base=True)
+
+    def found(shown):
+        events = frame(spark, [*busy, again], "events")
+        impressions = frame(spark, shown, "impressions")
+        return build_examples.unusual_of(events, impressions, state, TINY)
+
+    assert found([]) == Unusual(busy_users=[], delivered_again=[2])
+    assert found([target(1, "visit", 3, today)]) == Unusual(busy_users=[3], delivered_again=[2])
 
 
 def test_a_user_with_one_event_and_a_user_with_none(spark):
