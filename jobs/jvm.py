@@ -213,7 +213,7 @@ def server_command(
         "spark.sql.ansi.enabled": "true",
         # the defaults (200, 50) are made for clusters: on 2 cores a small write took 9 s instead of 2
         "spark.sql.shuffle.partitions": str(cores),
-        "spark.databricks.delta.snapshotPartitions": str(cores),
+        "spark.databricks.delta.snapshotPartitions": "1",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
     }
