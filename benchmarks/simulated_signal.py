@@ -24,6 +24,7 @@ from jobs.sources.simulated_world import (
 )
 
 WARM_UP_DAYS, TRAIN_DAYS = 8, 4
+USERS = 6000  # more than `make run` has: the figures are steadier
 WINDOWS_DAYS = (1, 3, 7)
 CATEGORICAL = [3, 4]  # category and advertiser, in `context`
 Array = np.ndarray
@@ -142,7 +143,7 @@ def main() -> None:
         // DAY_US
     )
     numbers = range(first, first + WARM_UP_DAYS + TRAIN_DAYS + 1)
-    days = dict(zip(numbers, World().days(numbers), strict=True))
+    days = dict(zip(numbers, World(users=USERS).days(numbers), strict=True))
     made = [features(days, d) for d in numbers[WARM_UP_DAYS:]]
     train = {k: np.concatenate([m[k] for m in made[:-1]]) for k in made[0]}
     test = made[-1]

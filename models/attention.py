@@ -20,8 +20,8 @@ same g // (G // H) read one key head), d head dimension.
     out[q, g]      = sum over n of softmax(score)[q, g, n] value[n, h]
 
 The softmax also runs over a null slot, a learned key and value without bias, where one is given;
-without one, a query with no key gets zeros. `prefix_attention` is the implementation, and
-`prefix_attention_reference` the same in the plainest way.
+without one, a query with no key gets zeros. `prefix_attention` is the implementation for CPUs and
+hands GPU tensors to a kernel; `prefix_attention_reference` is the same in the plainest way.
 """
 
 from __future__ import annotations
@@ -107,10 +107,11 @@ def prefix_attention(
 ) -> Tensor:
     """Attention of jagged queries over prefixes of their rows' jagged keys.
 
-    Queries are cut into blocks of at most 16 of one row, blocks are grouped by the longest prefix
-    in them, and each group is one dense attention, padded to that length alone: rows of very
-    different length do not pay for each other. On CPUs this is several times faster than padding
-    to the batch's longest row.
+    On a GPU a Triton kernel (`models.kernels.prefix_attention`). Elsewhere queries are cut into
+    blocks of at most 16 of one row, blocks are grouped by the longest prefix in them, and each
+    group is one dense attention, padded to that length alone: rows of very different length do not
+    pay for each other. On CPUs this is several times faster than padding to the batch's longest
+    row.
 
     Args:
         q: (Q, G, d) float.
@@ -127,6 +128,13 @@ def prefix_attention(
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     if q.shape[0] == 0:
         return q
+    if q.is_cuda:
+        from models.kernels.prefix_attention import flash_prefix_attention
+
+        return flash_prefix_attention(
+            q, k, v, q_offsets=q_offsets, kv_offsets=kv_offsets, kv_end=kv_end,
+            recency=recency, null=null,
+        )  # fmt: skip
     # slot 0 of the padded keys is the null slot, or a masked one
     heads, width = k.shape[1], k.shape[2]
     null_key = k.new_zeros(1, heads, width) if null is None else null.key[None]

@@ -9,6 +9,7 @@ def test_something(spark_of): spark_of("sail"), spark_of("spark")  # both at onc
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ from jobs.settings import EngineChoice, Settings
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU
 
 hypothesis.settings.register_profile(
     "tests",

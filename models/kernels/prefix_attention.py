@@ -1,0 +1,374 @@
+"""Flash attention of jagged queries over prefixes of their rows' jagged keys, as Triton kernels.
+
+What is computed is defined in `models.attention`. Scores are never stored: they are made again tile
+by tile, as in FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), and nothing is padded: a tile
+belongs to one row, and a row of the batch costs what its own queries and keys cost (Jagged Flash
+Attention, arXiv 2409.15373).
+
+The G / H query heads that read one key head are laid side by side in a tile: 4 targets with 4 pooling
+queries fill a tile of 16 that loads its keys once.
+
+    tile row t of a tile that starts at entry s of its row:  entry s + t
+    entry e of a row:  query q_offsets[row] + e // group,  head h * group + e % group
+
+Shapes: Q queries, N keys, R rows, G query heads, H key heads, group = G / H, d head dimension; BM
+tile rows, BN keys of a tile, BD = d up to a power of two. Scores, sums and gradients are float32
+whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.attention import RECENCY_BUCKETS, Null, Recency, recency_bucket
+
+_TILE_ROWS, _TILE_KEYS = 16, 32
+_COPIES = 64  # of the gradient of the bias table, so that fewer programs add to one number
+
+
+@triton.jit
+def _bucket(age, edges):
+    """`recency_bucket` of int64 microseconds: a guess by float32, put right by the exact edges."""
+    seconds = tl.maximum(age.to(tl.float32) * 1e-6, 0.5)
+    guess = tl.minimum((2.0 * tl.log2(seconds) + 2.0).to(tl.int32), 63)
+    guess = tl.maximum(guess, 0)
+    guess = tl.where(age >= tl.load(edges + guess + 1), guess + 1, guess)
+    return tl.where(age < tl.load(edges + guess), guess - 1, guess)
+
+
+@triton.jit
+def _entries(tile_row, tile_start, tile, q_offsets, h, GROUP: tl.constexpr, BM: tl.constexpr):
+    """Of a tile: its row, and per tile row (BM,) the query, the query head, and whether it is one."""
+    row = tl.load(tile_row + tile)
+    first = tl.load(q_offsets + row)
+    last = tl.load(q_offsets + row + 1)
+    entry = tl.load(tile_start + tile) + tl.arange(0, BM)
+    query = first + entry // GROUP
+    return row, query, h * GROUP + entry % GROUP, query < last
+
+
+@triton.jit
+def _scores(q, k, asked, happened, head, edges, table, mask, scale,
+            G: tl.constexpr, RECENCY: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """(BM, BN) float32 scores of q (BM, BD) and k (BN, BD), -inf where `mask` is False."""
+    if UPCAST:  # Triton's interpreter multiplies bfloat16 wrongly
+        q, k = q.to(tl.float32), k.to(tl.float32)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if RECENCY:
+        bucket = _bucket(asked[:, None] - happened[None, :], edges)
+        score += tl.load(table + bucket * G + head[:, None], mask=mask, other=0.0)
+    return tl.where(mask, score, float("-inf"))
+
+
+@triton.jit
+def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, edges, table,
+             null_score, null_value, tile_row, tile_start, scale,
+             G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+             BD: tl.constexpr, RECENCY: tl.constexpr, NULL: tl.constexpr,
+             UPCAST: tl.constexpr):  # fmt: skip
+    """One program per tile of queries and key head. Writes out (Q, G, D) and lse (Q, G)."""
+    tile, h = tl.program_id(0), tl.program_id(1)
+    row, query, head, is_query = _entries(tile_row, tile_start, tile, q_offsets, h, G // H, BM)
+    column = tl.arange(0, BD)
+    in_width = column < D
+    place = (query * G + head)[:, None] * D + column[None, :]
+    inside = is_query[:, None] & in_width[None, :]
+    asks = tl.load(q + place, mask=inside, other=0.0)
+    end = tl.load(kv_end + query, mask=is_query, other=0)
+    asked = tl.load(q_time + query, mask=is_query, other=0) if RECENCY else query
+    first_key = tl.load(kv_offsets + row)
+
+    if NULL:  # the softmax starts from the null slot
+        top = tl.load(null_score + query * G + head, mask=is_query, other=0.0)
+        total = tl.full((BM,), 1.0, tl.float32)
+        value = tl.load(null_value + h * D + column, mask=in_width, other=0.0)
+        sums = tl.zeros((BM, BD), tl.float32) + value.to(tl.float32)[None, :]
+    else:
+        top = tl.full((BM,), -1e30, tl.float32)  # finite: -inf less -inf is NaN
+        total = tl.zeros((BM,), tl.float32)
+        sums = tl.zeros((BM, BD), tl.float32)
+
+    for begin in range(0, tl.max(end, 0), BN):
+        nth = begin + tl.arange(0, BN)
+        mask = nth[None, :] < end[:, None]
+        key = first_key + nth
+        some = nth < tl.max(end, 0)
+        where = (key * H + h)[:, None] * D + column[None, :]
+        loaded = some[:, None] & in_width[None, :]
+        keys = tl.load(k + where, mask=loaded, other=0.0)
+        values = tl.load(v + where, mask=loaded, other=0.0)
+        happened = tl.load(kv_time + key, mask=some, other=0) if RECENCY else nth
+        score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
+                        G, RECENCY, UPCAST)  # fmt: skip
+        new_top = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp(score - new_top[:, None])
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(weight, 1)
+        if UPCAST:
+            values = values.to(tl.float32)
+        added = tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+        sums = sums * shrink[:, None] + added
+        top = new_top
+
+    nothing = total == 0.0  # no key and no null slot: zeros, and a lse that makes every weight 0
+    safe = tl.where(nothing, 1.0, total)
+    tl.store(out + place, (sums / safe[:, None]).to(out.dtype.element_ty), mask=inside)
+    found = tl.where(nothing, float("inf"), top + tl.log(safe))
+    tl.store(lse + query * G + head, found, mask=is_query)
+
+
+@triton.jit
+def _backward_q(q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets, kv_end, q_time,
+                kv_time, edges, table, tile_row, tile_start, scale,
+                G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+                BN: tl.constexpr, BD: tl.constexpr, BUCKETS: tl.constexpr, COPIES: tl.constexpr,
+                RECENCY: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """One program per tile of queries and key head. Writes d_q, adds to d_table (COPIES, BUCKETS, G)."""
+    tile, h = tl.program_id(0), tl.program_id(1)
+    row, query, head, is_query = _entries(tile_row, tile_start, tile, q_offsets, h, G // H, BM)
+    column = tl.arange(0, BD)
+    in_width = column < D
+    place = (query * G + head)[:, None] * D + column[None, :]
+    inside = is_query[:, None] & in_width[None, :]
+    asks = tl.load(q + place, mask=inside, other=0.0)
+    d_outs = tl.load(d_out + place, mask=inside, other=0.0)
+    log_total = tl.load(lse + query * G + head, mask=is_query, other=float("inf"))
+    deltas = tl.load(delta + query * G + head, mask=is_query, other=0.0)
+    end = tl.load(kv_end + query, mask=is_query, other=0)
+    asked = tl.load(q_time + query, mask=is_query, other=0) if RECENCY else query
+    first_key = tl.load(kv_offsets + row)
+    if UPCAST:
+        d_outs = d_outs.to(tl.float32)
+    sums = tl.zeros((BM, BD), tl.float32)
+    for begin in range(0, tl.max(end, 0), BN):
+        nth = begin + tl.arange(0, BN)
+        mask = nth[None, :] < end[:, None]
+        key = first_key + nth
+        some = nth < tl.max(end, 0)
+        where = (key * H + h)[:, None] * D + column[None, :]
+        loaded = some[:, None] & in_width[None, :]
+        keys = tl.load(k + where, mask=loaded, other=0.0)
+        values = tl.load(v + where, mask=loaded, other=0.0)
+        happened = tl.load(kv_time + key, mask=some, other=0) if RECENCY else nth
+        score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
+                        G, RECENCY, UPCAST)  # fmt: skip
+        weight = tl.exp(score - log_total[:, None])
+        if UPCAST:
+            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        d_weight = tl.dot(d_outs, tl.trans(values), input_precision="ieee")
+        d_score = weight * (d_weight - deltas[:, None])
+        if RECENCY:
+            bucket = _bucket(asked[:, None] - happened[None, :], edges)
+            cell = ((tile % COPIES) * BUCKETS + bucket) * G + head[:, None]
+            tl.atomic_add(d_table + cell, d_score, mask=mask)
+        sums += tl.dot(d_score.to(keys.dtype), keys, input_precision="ieee") * scale
+    tl.store(d_q + place, sums.to(d_q.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kv(q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv_end, q_time,
+                 kv_time, edges, table, tile_row, tile_start, scale,
+                 G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr, BD: tl.constexpr, RECENCY: tl.constexpr,
+                 UPCAST: tl.constexpr):  # fmt: skip
+    """One program per tile of keys and key head, over all queries of its row. Writes d_k and d_v."""
+    tile, h = tl.program_id(0), tl.program_id(1)
+    GROUP: tl.constexpr = G // H
+    row = tl.load(tile_row + tile)
+    nth = tl.load(tile_start + tile) + tl.arange(0, BN)
+    first_key, last_key = tl.load(kv_offsets + row), tl.load(kv_offsets + row + 1)
+    key = first_key + nth
+    is_key = key < last_key
+    column = tl.arange(0, BD)
+    in_width = column < D
+    where = (key * H + h)[:, None] * D + column[None, :]
+    loaded = is_key[:, None] & in_width[None, :]
+    keys = tl.load(k + where, mask=loaded, other=0.0)
+    values = tl.load(v + where, mask=loaded, other=0.0)
+    happened = tl.load(kv_time + key, mask=is_key, other=0) if RECENCY else nth
+    if UPCAST:
+        values = values.to(tl.float32)
+    d_keys = tl.zeros((BN, BD), tl.float32)
+    d_values = tl.zeros((BN, BD), tl.float32)
+    first, last = tl.load(q_offsets + row), tl.load(q_offsets + row + 1)
+    for begin in range(0, (last - first) * GROUP, BM):
+        entry = begin + tl.arange(0, BM)
+        query = first + entry // GROUP
+        head = h * GROUP + entry % GROUP
+        is_query = query < last
+        end = tl.load(kv_end + query, mask=is_query, other=0)
+        place = (query * G + head)[:, None] * D + column[None, :]
+        inside = is_query[:, None] & in_width[None, :]
+        asks = tl.load(q + place, mask=inside, other=0.0)
+        d_outs = tl.load(d_out + place, mask=inside, other=0.0)
+        log_total = tl.load(lse + query * G + head, mask=is_query, other=float("inf"))
+        deltas = tl.load(delta + query * G + head, mask=is_query, other=0.0)
+        asked = tl.load(q_time + query, mask=is_query, other=0) if RECENCY else query
+        mask = (nth[None, :] < end[:, None]) & is_key[None, :]
+        score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
+                        G, RECENCY, UPCAST)  # fmt: skip
+        weight = tl.exp(score - log_total[:, None])
+        if UPCAST:
+            asks, d_outs = asks.to(tl.float32), d_outs.to(tl.float32)
+        d_values += tl.dot(tl.trans(weight.to(d_outs.dtype)), d_outs, input_precision="ieee")
+        d_weight = tl.dot(d_outs, tl.trans(values), input_precision="ieee")
+        d_score = weight * (d_weight - deltas[:, None])
+        d_keys += tl.dot(tl.trans(d_score.to(asks.dtype)), asks, input_precision="ieee") * scale
+    tl.store(d_k + where, d_keys.to(d_k.dtype.element_ty), mask=loaded)
+    tl.store(d_v + where, d_values.to(d_v.dtype.element_ty), mask=loaded)
+
+
+class _Tiles(NamedTuple):
+    """Tiles of at most `size` entries of one row: their row and where in it they start, (n,) int64."""
+
+    row: Tensor
+    start: Tensor
+
+
+def _tiles(entries: Tensor, size: int) -> _Tiles:
+    """entries (R,) int64 -> the tiles of every row."""
+    per_row = (entries + size - 1) // size
+    rows = torch.arange(len(entries), device=entries.device)
+    row = torch.repeat_interleave(rows, per_row)
+    first = F.pad(per_row.cumsum(0), (1, 0))[:-1]
+    nth = torch.arange(len(row), device=row.device) - first.index_select(0, row)
+    return _Tiles(row, nth * size)
+
+
+def _edges(device: torch.device) -> Tensor:
+    """(RECENCY_BUCKETS + 1,) int64: the least age in microseconds of each bucket; nothing reaches the last."""
+    bucket = torch.arange(RECENCY_BUCKETS, dtype=torch.float64)
+    guess = (torch.exp2((bucket - 2) / 2) * 1e6).to(torch.int64)
+    near = guess[:, None] + torch.arange(-64, 65)
+    reached = (recency_bucket(near) >= bucket[:, None]).to(torch.int64)
+    edges = near.gather(1, reached.argmax(1, keepdim=True)).squeeze(1)
+    edges[0] = torch.iinfo(torch.int64).min
+    return F.pad(edges, (0, 1), value=torch.iinfo(torch.int64).max).to(device)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """Everything but the null slot's own gradients, which are plain: its score comes in as a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None,
+                null_score: Tensor | None, null_value: Tensor | None, q_offsets: Tensor,
+                kv_offsets: Tensor, kv_end: Tensor, q_time: Tensor | None,
+                kv_time: Tensor | None) -> Tensor:  # fmt: skip
+        queries, heads, width = q.shape
+        group = heads // k.shape[1]
+        out = torch.zeros_like(q)
+        lse = q.new_full((queries, heads), float("inf"), dtype=torch.float32)
+        edges = _edges(q.device)
+        tiles = _tiles(q_offsets.diff() * group, _TILE_ROWS)
+        shape = _shape(q, k, table)
+        if len(tiles.row):
+            _forward[(len(tiles.row), k.shape[1])](
+                q, k, v, out, lse, q_offsets, kv_offsets, kv_end,
+                *_or(q_offsets, q_time, kv_time), edges, *_or(q, table, null_score, null_value),
+                tiles.row, tiles.start, width**-0.5, **shape, NULL=null_score is not None,
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v, table, null_score, null_value, q_offsets, kv_offsets,
+                              kv_end, q_time, kv_time, out, lse, edges)  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, table, null_score, null_value, q_offsets, kv_offsets, kv_end, q_time, kv_time,
+         out, lse, edges) = ctx.saved_tensors  # fmt: skip
+        heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[2]
+        group = heads // kv_heads
+        d_out = d_out.contiguous()
+        delta = (out.float() * d_out.float()).sum(2)
+        d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_table = q.new_zeros((_COPIES, RECENCY_BUCKETS, heads), dtype=torch.float32)
+        shape = _shape(q, k, table)
+        times = _or(q_offsets, q_time, kv_time)
+        bias = _or(q, table)
+        tiles = _tiles(q_offsets.diff() * group, _TILE_ROWS)
+        if len(tiles.row):
+            _backward_q[(len(tiles.row), kv_heads)](
+                q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets, kv_end, *times,
+                edges, *bias, tiles.row, tiles.start, width**-0.5, **shape,
+                BUCKETS=RECENCY_BUCKETS, COPIES=_COPIES,
+            )  # fmt: skip
+        tiles = _tiles(kv_offsets.diff(), _TILE_KEYS)
+        if len(tiles.row):
+            _backward_kv[(len(tiles.row), kv_heads)](
+                q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv_end, *times,
+                edges, *bias, tiles.row, tiles.start, width**-0.5, **shape,
+            )  # fmt: skip
+        d_score = d_value = None
+        if null_score is not None:
+            weight = torch.exp(null_score - lse)  # (Q, G)
+            wide = d_out.float().unflatten(1, (kv_heads, group))
+            d_value = torch.einsum("qhgd,qhg->hd", wide, weight.unflatten(1, (kv_heads, group)))
+            d_weight = torch.einsum("qhgd,hd->qhg", wide, null_value.float()).flatten(1)
+            d_score = weight * (d_weight - delta)
+        return (
+            d_q, d_k, d_v, None if table is None else d_table.sum(0), d_score, d_value,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _shape(q: Tensor, k: Tensor, table: Tensor | None) -> dict[str, Any]:
+    width = q.shape[2]
+    return {
+        "G": q.shape[1], "H": k.shape[1], "D": width, "BM": _TILE_ROWS, "BN": _TILE_KEYS,
+        "BD": max(16, triton.next_power_of_2(width)), "RECENCY": table is not None,
+        "UPCAST": q.device.type == "cpu",
+    }  # fmt: skip
+
+
+def _or(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """`tensors` with a pointer that is never read in place of each None."""
+    return [stand_in if t is None else t for t in tensors]
+
+
+def flash_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    kv_end: Tensor,
+    recency: Recency | None = None,
+    null: Null | None = None,
+) -> Tensor:
+    """As `models.attention.prefix_attention`, forward and backward, float32 or bfloat16.
+
+    The gradient of the bias table is added up by atomics: it does not repeat to the last bit. All
+    others do.
+
+    Args:
+        q: (Q, G, d).
+        k, v: (N, H, d), of q's dtype.
+        q_offsets, kv_offsets: (R+1,) int64.
+        kv_end: (Q,) int64, 0 up to the number of keys of the query's row.
+        recency: bias by age.
+        null: null slot.
+
+    Returns:
+        (Q, G, d) of q's dtype.
+    """
+    kv_heads = k.shape[1]
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {kv_heads} key heads")
+    null_score = null_value = None
+    if null is not None:
+        grouped = q.float().unflatten(1, (kv_heads, -1))  # (Q, H, group, d)
+        score = torch.einsum("qhgd,hd->qhg", grouped, null.key.float())
+        null_score = (score.flatten(1) * q.shape[2] ** -0.5).contiguous()
+        null_value = null.value.float().contiguous()
+    return _PrefixAttention.apply(
+        q.contiguous(), k.contiguous(), v.contiguous(),
+        None if recency is None else recency.table.float().contiguous(),
+        null_score, null_value, q_offsets, kv_offsets, kv_end,
+        None if recency is None else recency.q_time, None if recency is None else recency.kv_time,
+    )  # fmt: skip
