@@ -19,7 +19,7 @@ from tests.attention import gradients, problem
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from models.kernels.prefix_attention import _edges, flash_prefix_attention  # noqa: E402
+from models.kernels.prefix_attention import _edges, flash_prefix_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 70)), min_size=1, max_size=3)
