@@ -95,7 +95,7 @@ class World:
     """
 
     seed: int = 7
-    users: int = 4000
+    users: int = 3000
     ads_per_day: int = 80
     late_share: float = 0.06
     duplicate_share: float = 0.003
