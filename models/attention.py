@@ -19,6 +19,10 @@ same g // (G // H) read one key head), d head dimension.
     score[q, g, n] = <query[q, g], key[n, h]> / sqrt(d) + bias[bucket(q_time[q] - kv_time[n]), g]
     out[q, g]      = sum over n of softmax(score)[q, g, n] value[n, h]
 
+or, pointwise (HSTU, arXiv 2402.17152, eq. 2): a weight says how much, and not how much of the whole,
+
+    out[q, g]      = sum over n of SiLU(score[q, g, n]) / pointwise value[n, h]
+
 The softmax also runs over a null slot, a learned key and value without bias, where one is given;
 without one, a query with no key gets zeros. `prefix_attention` is the implementation for CPUs and
 hands GPU tensors to a kernel; `prefix_attention_reference` is the same in the plainest way.
@@ -70,6 +74,7 @@ def prefix_attention_reference(
     kv_end: Tensor,
     recency: Recency | None = None,
     null: Null | None = None,
+    pointwise: float | None = None,
 ) -> Tensor:
     """As `prefix_attention`, one query and one head at a time."""
     group = q.shape[1] // k.shape[1]
@@ -89,7 +94,9 @@ def prefix_attention_reference(
                     null_score = (null.key[h] * q[i, g]).sum()[None] / q.shape[2] ** 0.5
                     scores = torch.cat([null_score, scores])
                     values = torch.cat([null.value[h][None], values])
-                if len(values):
+                if pointwise is not None:
+                    out[i, g] = F.silu(scores) / pointwise @ values
+                elif len(values):
                     out[i, g] = torch.softmax(scores, 0) @ values
     return out
 
@@ -104,6 +111,7 @@ def prefix_attention(
     kv_end: Tensor,
     recency: Recency | None = None,
     null: Null | None = None,
+    pointwise: float | None = None,
 ) -> Tensor:
     """Attention of jagged queries over prefixes of their rows' jagged keys.
 
@@ -119,13 +127,16 @@ def prefix_attention(
         q_offsets, kv_offsets: (R+1,) int64.
         kv_end: (Q,) int64, 0 up to the number of keys of the query's row.
         recency: bias by age.
-        null: null slot.
+        null: null slot; not with `pointwise`.
+        pointwise: weights are SiLU(score) / pointwise instead of a softmax; a usual length.
 
     Returns:
         (Q, G, d).
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if pointwise is not None and null is not None:
+        raise ValueError("null is for a softmax: a pointwise query needs no slot to look away to")
     if q.shape[0] == 0:
         return q
     if q.is_cuda:
@@ -133,7 +144,7 @@ def prefix_attention(
 
         return flash_prefix_attention(
             q, k, v, q_offsets=q_offsets, kv_offsets=kv_offsets, kv_end=kv_end,
-            recency=recency, null=null,
+            recency=recency, null=null, pointwise=pointwise,
         )  # fmt: skip
     # slot 0 of the padded keys is the null slot, or a masked one
     heads, width = k.shape[1], k.shape[2]
@@ -157,6 +168,7 @@ def prefix_attention(
             end=kv_end.index_select(0, query.flatten()).view(query.shape),
             bias=None if recency is None else _bias(recency, query, key),
             null=null is not None,
+            pointwise=pointwise,
         )
         flat = valid.flatten().nonzero().squeeze(1)
         pieces.append(out.flatten(0, 1).index_select(0, flat))
@@ -213,7 +225,15 @@ def _bias(recency: Recency, query: Tensor, key: Tensor) -> Tensor:
     return F.pad(F.embedding(bucket, recency.table), (0, 0, 1, 0))
 
 
-def _dense(q: Tensor, kv: Tensor, *, end: Tensor, bias: Tensor | None, null: bool) -> Tensor:
+def _dense(
+    q: Tensor,
+    kv: Tensor,
+    *,
+    end: Tensor,
+    bias: Tensor | None,
+    null: bool,
+    pointwise: float | None,
+) -> Tensor:
     """q (b, t, G, d) over padded kv (b, 1 + l, H, 2d) -> (b, t, G, d)."""
     b, t, heads, width = q.shape
     slots, kv_heads = kv.shape[1], kv.shape[2]
@@ -231,8 +251,11 @@ def _dense(q: Tensor, kv: Tensor, *, end: Tensor, bias: Tensor | None, null: boo
     if bias is not None:
         # (b, t, 1 + l, G) -> (b, H, g, t, 1 + l)
         mask = mask + bias.permute(0, 3, 1, 2).unflatten(1, (kv_heads, group))
-    weights = torch.softmax(scores + mask, dim=-1)
-    if not null:
+    if pointwise is not None:
+        weights = F.silu(scores + mask) / pointwise  # of a masked key it is 0 x -1e30
+    else:
+        weights = torch.softmax(scores + mask, dim=-1)
+    if not null and pointwise is None:
         weights = weights * (end > 0)[:, None, None, :, None]
     out = weights.view(b, kv_heads, group * t, slots) @ v
     out = out.view(b, kv_heads, group, t, width).permute(0, 3, 1, 2, 4)

@@ -19,6 +19,7 @@ def problem(
     recency: bool = True,
     null: bool = True,
     prefix: str = "random",
+    pointwise: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Rows of (queries, keys); `prefix` is random, none or all of a row's keys."""
@@ -43,7 +44,8 @@ def problem(
         "kv_offsets": kv_offsets,
         "kv_end": end,
         "recency": Recency(times[:queries], times[queries:], normal(RECENCY_BUCKETS, g)) if recency else None,
-        "null": Null(normal(h, width), normal(h, width)) if null else None,
+        "null": Null(normal(h, width), normal(h, width)) if null and pointwise is None else None,
+        "pointwise": pointwise,
     }  # fmt: skip
 
 

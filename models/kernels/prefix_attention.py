@@ -67,11 +67,20 @@ def _scores(q, k, asked, happened, head, edges, table, mask, scale,
 
 
 @triton.jit
+def _pointwise(score, mask, share):
+    """SiLU(score) x share where `mask`, else 0; and its derivative in the score."""
+    score = tl.where(mask, score, 0.0)
+    gate = tl.sigmoid(score)
+    slope = tl.where(mask, gate * (1.0 + score * (1.0 - gate)) * share, 0.0)
+    return tl.where(mask, score * gate * share, 0.0), slope
+
+
+@triton.jit
 def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, edges, table,
-             null_score, null_value, tile_row, tile_start, scale,
+             null_score, null_value, tile_row, tile_start, scale, share,
              G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
              BD: tl.constexpr, RECENCY: tl.constexpr, NULL: tl.constexpr,
-             UPCAST: tl.constexpr):  # fmt: skip
+             POINTWISE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """One program per tile of queries and key head. Writes out (Q, G, D) and lse (Q, G)."""
     tile, h = tl.program_id(0), tl.program_id(1)
     row, query, head, is_query = _entries(tile_row, tile_start, tile, q_offsets, h, G // H, BM)
@@ -106,16 +115,21 @@ def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, 
         happened = tl.load(kv_time + key, mask=some, other=0) if RECENCY else nth
         score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
                         G, RECENCY, UPCAST)  # fmt: skip
-        new_top = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp(score - new_top[:, None])
-        shrink = tl.exp(top - new_top)
-        total = total * shrink + tl.sum(weight, 1)
+        if POINTWISE:
+            weight, _ = _pointwise(score, mask, share)
+        else:
+            new_top = tl.maximum(top, tl.max(score, 1))
+            weight = tl.exp(score - new_top[:, None])
+            shrink = tl.exp(top - new_top)
+            total = total * shrink + tl.sum(weight, 1)
+            sums = sums * shrink[:, None]
+            top = new_top
         if UPCAST:
             values = values.to(tl.float32)
-        added = tl.dot(weight.to(values.dtype), values, input_precision="ieee")
-        sums = sums * shrink[:, None] + added
-        top = new_top
+        sums += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
 
+    if POINTWISE:
+        total = tl.full((BM,), 1.0, tl.float32)
     nothing = total == 0.0  # no key and no null slot: zeros, and a lse that makes every weight 0
     safe = tl.where(nothing, 1.0, total)
     tl.store(out + place, (sums / safe[:, None]).to(out.dtype.element_ty), mask=inside)
@@ -125,10 +139,11 @@ def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, 
 
 @triton.jit
 def _backward_q(q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets, kv_end, q_time,
-                kv_time, edges, table, tile_row, tile_start, scale,
+                kv_time, edges, table, tile_row, tile_start, scale, share,
                 G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                 BN: tl.constexpr, BD: tl.constexpr, BUCKETS: tl.constexpr, COPIES: tl.constexpr,
-                RECENCY: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                RECENCY: tl.constexpr, POINTWISE: tl.constexpr,
+                UPCAST: tl.constexpr):  # fmt: skip
     """One program per tile of queries and key head. Writes d_q, adds to d_table (COPIES, BUCKETS, G)."""
     tile, h = tl.program_id(0), tl.program_id(1)
     row, query, head, is_query = _entries(tile_row, tile_start, tile, q_offsets, h, G // H, BM)
@@ -158,11 +173,15 @@ def _backward_q(q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets,
         happened = tl.load(kv_time + key, mask=some, other=0) if RECENCY else nth
         score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
                         G, RECENCY, UPCAST)  # fmt: skip
-        weight = tl.exp(score - log_total[:, None])
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         d_weight = tl.dot(d_outs, tl.trans(values), input_precision="ieee")
-        d_score = weight * (d_weight - deltas[:, None])
+        if POINTWISE:
+            _, slope = _pointwise(score, mask, share)
+            d_score = slope * d_weight
+        else:
+            weight = tl.exp(score - log_total[:, None])
+            d_score = weight * (d_weight - deltas[:, None])
         if RECENCY:
             bucket = _bucket(asked[:, None] - happened[None, :], edges)
             cell = ((tile % COPIES) * BUCKETS + bucket) * G + head[:, None]
@@ -173,10 +192,10 @@ def _backward_q(q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets,
 
 @triton.jit
 def _backward_kv(q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv_end, q_time,
-                 kv_time, edges, table, tile_row, tile_start, scale,
+                 kv_time, edges, table, tile_row, tile_start, scale, share,
                  G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                  BN: tl.constexpr, BD: tl.constexpr, RECENCY: tl.constexpr,
-                 UPCAST: tl.constexpr):  # fmt: skip
+                 POINTWISE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """One program per tile of keys and key head, over all queries of its row. Writes d_k and d_v."""
     tile, h = tl.program_id(0), tl.program_id(1)
     GROUP: tl.constexpr = G // H
@@ -213,12 +232,16 @@ def _backward_kv(q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv
         mask = (nth[None, :] < end[:, None]) & is_key[None, :]
         score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
                         G, RECENCY, UPCAST)  # fmt: skip
-        weight = tl.exp(score - log_total[:, None])
         if UPCAST:
             asks, d_outs = asks.to(tl.float32), d_outs.to(tl.float32)
-        d_values += tl.dot(tl.trans(weight.to(d_outs.dtype)), d_outs, input_precision="ieee")
         d_weight = tl.dot(d_outs, tl.trans(values), input_precision="ieee")
-        d_score = weight * (d_weight - deltas[:, None])
+        if POINTWISE:
+            weight, slope = _pointwise(score, mask, share)
+            d_score = slope * d_weight
+        else:
+            weight = tl.exp(score - log_total[:, None])
+            d_score = weight * (d_weight - deltas[:, None])
+        d_values += tl.dot(tl.trans(weight.to(d_outs.dtype)), d_outs, input_precision="ieee")
         d_keys += tl.dot(tl.trans(d_score.to(asks.dtype)), asks, input_precision="ieee") * scale
     tl.store(d_k + where, d_keys.to(d_k.dtype.element_ty), mask=loaded)
     tl.store(d_v + where, d_values.to(d_v.dtype.element_ty), mask=loaded)
@@ -259,19 +282,20 @@ class _PrefixAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None,
                 null_score: Tensor | None, null_value: Tensor | None, q_offsets: Tensor,
                 kv_offsets: Tensor, kv_end: Tensor, q_time: Tensor | None,
-                kv_time: Tensor | None) -> Tensor:  # fmt: skip
+                kv_time: Tensor | None, pointwise: float | None) -> Tensor:  # fmt: skip
         queries, heads, width = q.shape
         group = heads // k.shape[1]
         out = torch.zeros_like(q)
         lse = q.new_full((queries, heads), float("inf"), dtype=torch.float32)
         edges = _edges(q.device)
         tiles = _tiles(q_offsets.diff() * group, _TILE_ROWS)
-        shape = _shape(q, k, table)
+        shape, share = _shape(q, k, table, pointwise), 1.0 / (pointwise or 1.0)
+        ctx.pointwise = pointwise
         if len(tiles.row):
             _forward[(len(tiles.row), k.shape[1])](
                 q, k, v, out, lse, q_offsets, kv_offsets, kv_end,
                 *_or(q_offsets, q_time, kv_time), edges, *_or(q, table, null_score, null_value),
-                tiles.row, tiles.start, width**-0.5, **shape, NULL=null_score is not None,
+                tiles.row, tiles.start, width**-0.5, share, **shape, NULL=null_score is not None,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, table, null_score, null_value, q_offsets, kv_offsets,
                               kv_end, q_time, kv_time, out, lse, edges)  # fmt: skip
@@ -287,21 +311,21 @@ class _PrefixAttention(torch.autograd.Function):
         delta = (out.float() * d_out.float()).sum(2)
         d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         d_table = q.new_zeros((_COPIES, RECENCY_BUCKETS, heads), dtype=torch.float32)
-        shape = _shape(q, k, table)
+        shape, share = _shape(q, k, table, ctx.pointwise), 1.0 / (ctx.pointwise or 1.0)
         times = _or(q_offsets, q_time, kv_time)
         bias = _or(q, table)
         tiles = _tiles(q_offsets.diff() * group, _TILE_ROWS)
         if len(tiles.row):
             _backward_q[(len(tiles.row), kv_heads)](
                 q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets, kv_end, *times,
-                edges, *bias, tiles.row, tiles.start, width**-0.5, **shape,
+                edges, *bias, tiles.row, tiles.start, width**-0.5, share, **shape,
                 BUCKETS=RECENCY_BUCKETS, COPIES=_COPIES,
             )  # fmt: skip
         tiles = _tiles(kv_offsets.diff(), _TILE_KEYS)
         if len(tiles.row):
             _backward_kv[(len(tiles.row), kv_heads)](
                 q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv_end, *times,
-                edges, *bias, tiles.row, tiles.start, width**-0.5, **shape,
+                edges, *bias, tiles.row, tiles.start, width**-0.5, share, **shape,
             )  # fmt: skip
         d_score = d_value = None
         if null_score is not None:
@@ -312,16 +336,16 @@ class _PrefixAttention(torch.autograd.Function):
             d_score = weight * (d_weight - delta)
         return (
             d_q, d_k, d_v, None if table is None else d_table.sum(0), d_score, d_value,
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 
-def _shape(q: Tensor, k: Tensor, table: Tensor | None) -> dict[str, Any]:
+def _shape(q: Tensor, k: Tensor, table: Tensor | None, pointwise: float | None) -> dict[str, Any]:
     width = q.shape[2]
     return {
         "G": q.shape[1], "H": k.shape[1], "D": width, "BM": _TILE_ROWS, "BN": _TILE_KEYS,
         "BD": max(16, triton.next_power_of_2(width)), "RECENCY": table is not None,
-        "UPCAST": q.device.type == "cpu",
+        "POINTWISE": pointwise is not None, "UPCAST": q.device.type == "cpu",
     }  # fmt: skip
 
 
@@ -340,6 +364,7 @@ def flash_prefix_attention(
     kv_end: Tensor,
     recency: Recency | None = None,
     null: Null | None = None,
+    pointwise: float | None = None,
 ) -> Tensor:
     """As `models.attention.prefix_attention`, forward and backward, float32 or bfloat16.
 
@@ -352,7 +377,8 @@ def flash_prefix_attention(
         q_offsets, kv_offsets: (R+1,) int64.
         kv_end: (Q,) int64, 0 up to the number of keys of the query's row.
         recency: bias by age.
-        null: null slot.
+        null: null slot; not with `pointwise`.
+        pointwise: weights are SiLU(score) / pointwise instead of a softmax.
 
     Returns:
         (Q, G, d) of q's dtype.
@@ -371,4 +397,5 @@ def flash_prefix_attention(
         None if recency is None else recency.table.float().contiguous(),
         null_score, null_value, q_offsets, kv_offsets, kv_end,
         None if recency is None else recency.q_time, None if recency is None else recency.kv_time,
+        pointwise,
     )  # fmt: skip

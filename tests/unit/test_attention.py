@@ -34,6 +34,25 @@ def test_its_gradients_equal_those_of_the_reference(prefix: str, null: bool) -> 
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("recency", [True, False])
+def test_pointwise_weights_and_their_gradients_equal_those_of_the_reference(recency: bool) -> None:
+    sizes = [(0, 5), (3, 0), (21, 30), (1, 1), (2, 17), (0, 0)]
+    given_ = problem(sizes, recency=recency, pointwise=20.0)
+    torch.testing.assert_close(
+        prefix_attention(**given_), prefix_attention_reference(**given_), rtol=1e-9, atol=1e-12
+    )
+    ours = gradients(prefix_attention, given_)
+    plain = gradients(prefix_attention_reference, given_)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+
+def test_pointwise_attention_takes_no_null_slot() -> None:
+    given_ = problem([(1, 2)])
+    with pytest.raises(ValueError, match="null is for a softmax"):
+        prefix_attention(**{**given_, "pointwise": 2.0})
+
+
 def test_a_row_longer_than_every_bucket_is_whole() -> None:
     given_ = problem([(2, 1500)], prefix="all", heads=(2, 2))
     torch.testing.assert_close(prefix_attention(**given_), prefix_attention_reference(**given_))

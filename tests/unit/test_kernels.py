@@ -36,7 +36,7 @@ def moved(given_: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         if isinstance(value, Recency | Null):
             out[name] = type(value)(*(leaf(x) for x in value))
         else:
-            out[name] = value if value is None else leaf(value)
+            out[name] = leaf(value) if isinstance(value, Tensor) else value
     for x in (out["q"], out["k"], out["v"]):
         x.requires_grad_()
     for x in [*(out["null"] or ()), *([out["recency"].table] if out["recency"] else [])]:
@@ -70,6 +70,13 @@ def test_it_equals_the_reference_forward_and_backward(sizes, recency, null, seed
 def test_empty_rows_one_event_rows_and_whole_prefixes(prefix: str) -> None:
     sizes = [(0, 5), (3, 0), (5, 33), (1, 1), (0, 0), (1, 32)]
     assert_equals_the_reference(problem(sizes, prefix=prefix), torch.float32, 2e-5)
+
+
+@settings(max_examples=4)
+@given(SIZES, st.booleans(), st.integers(0, 10**6))
+def test_pointwise_weights_equal_the_reference(sizes, recency, seed) -> None:
+    given_ = problem(sizes, recency=recency, pointwise=30.0, seed=seed)
+    assert_equals_the_reference(given_, torch.float32, 2e-5)
 
 
 def test_head_dimensions_and_groups_that_fill_no_tile() -> None:
@@ -116,18 +123,19 @@ pointers = {
 }
 half = set("q k v out d_out d_q d_k d_v".split())
 values = dict(G=8, H=2, D=16, BM=16, BN=32, BD=16, RECENCY=True, NULL=True, UPCAST=False, BUCKETS=64, COPIES=64)
-for capability in (80, 90):
+variants = [(80, "fp32", False), (80, "bf16", True), (90, "bf16", False), (90, "fp32", True)]
+for capability, dtype, pointwise in variants:
     for kernel in (p._forward, p._backward_q, p._backward_kv):
-        for dtype in ("fp32", "bf16"):
-            signature = {"scale": "fp32"}
-            for kind, names in pointers.items():
-                for name in names:
-                    signature[name] = "*" + (dtype if name in half else kind)
-            mine = {a: signature.get(a, "constexpr") for a in kernel.arg_names}
-            chosen = {a: values[a] for a in kernel.arg_names if a in values}
-            source = ASTSource(fn=kernel, signature=mine, constexprs=chosen)
-            built = compile(source, target=GPUTarget("cuda", capability, 32))
-            assert built.asm["cubin"], kernel
+        signature = {"scale": "fp32", "share": "fp32"}
+        for kind, names in pointers.items():
+            for name in names:
+                signature[name] = "*" + (dtype if name in half else kind)
+        mine = {a: signature.get(a, "constexpr") for a in kernel.arg_names}
+        chosen = {a: (values | {"POINTWISE": pointwise}).get(a) for a in kernel.arg_names}
+        chosen = {a: v for a, v in chosen.items() if v is not None}
+        source = ASTSource(fn=kernel, signature=mine, constexprs=chosen)
+        built = compile(source, target=GPUTarget("cuda", capability, 32))
+        assert built.asm["cubin"], kernel
 print("compiled")
 """
 
