@@ -1,6 +1,6 @@
 """The event sequence model: a user's events, summarised for the item that is to be ranked.
 
-    events -> event model -> (causal self-attention, optional) -> event embeddings, once per row
+    events -> event model -> (layers of models.encoders, optional) -> event embeddings, once per row
     target -> M queries; attention pooling over the target's visible prefix -> M embeddings
     M embeddings, unpooled, + item and context -> interaction modules -> logits
 
@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from models.attention import Null, RecencyBias, prefix_attention
 from models.batch import Batch
 from models.clock import DAY_US
-from models.event import EventEncoder, event_positions, event_rows
+from models.encoders import Encoder, layer
+from models.event import EventEncoder, event_rows
 from models.features import FeaturePlan
 from models.history import (
     match_numbers,
@@ -49,7 +50,8 @@ class SequenceConfig:
         queries: M, embeddings that the history is pooled to.
         heads: attention heads of each of them.
         head_dim: of a head.
-        layers: causal self-attention layers under the pooling.
+        layers: causal self-attention layers under the pooling; 0 is the base, O(M N).
+        encoder: what kind of layer.
         matches: give the interaction the exact counts of `models.history` too.
         mix, user_mix: the interaction modules over the M, and over the K embeddings.
     """
@@ -61,6 +63,7 @@ class SequenceConfig:
     heads: int = 2
     head_dim: int = 16
     layers: int = 0
+    encoder: Encoder = Encoder.SOFTMAX
     matches: bool = True
     mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(6,)))
     user_mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,)))
@@ -132,45 +135,6 @@ class AttentionPooling(nn.Module):
         return self.out(pooled)
 
 
-class CausalLayer(nn.Module):
-    """A pre-norm transformer layer in which an event sees the events before it and itself.
-
-    Args:
-        width: E, a multiple of head_dim.
-        head_dim: of a head.
-    """
-
-    def __init__(self, width: int, head_dim: int) -> None:
-        super().__init__()
-        if width % head_dim:
-            raise ValueError(f"width {width} is no multiple of head_dim {head_dim}")
-        self.heads, self.head_dim = width // head_dim, head_dim
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.recency = RecencyBias(self.heads)
-        self.out = nn.Linear(width, width)
-        self.feed_norm = nn.LayerNorm(width)
-        self.feed = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, events: Tensor, batch: Batch) -> Tensor:
-        """(N, E) -> (N, E)."""
-        shape = (self.heads, self.head_dim)
-        q, k, v = (x.unflatten(1, shape) for x in self.qkv(self.norm(events)).chunk(3, dim=1))
-        attended = prefix_attention(
-            q,
-            k,
-            v,
-            q_offsets=batch.event_offsets,
-            kv_offsets=batch.event_offsets,
-            kv_end=event_positions(batch) + 1,
-            recency=self.recency(batch.event_time, batch.event_time),
-        )
-        events = events + self.out(attended.flatten(1))
-        return events + self.feed(self.feed_norm(events))
-
-
 class Sequence(nn.Module):
     """The event sequence model.
 
@@ -190,7 +154,7 @@ class Sequence(nn.Module):
         self.tables = Tables((f.vocabulary for f in features), config=config.tables, device=device)
         self.event = EventEncoder(plan, dim, width)
         self.layers = nn.ModuleList(
-            CausalLayer(width, config.head_dim) for _ in range(config.layers)
+            layer(config.encoder, width, config.head_dim) for _ in range(config.layers)
         )
         self.target = TargetEncoder(plan, dim)
 
@@ -266,8 +230,8 @@ class Sequence(nn.Module):
 
     def _encode(self, batch: Batch, embeddings: list[Tensor]) -> Tensor:
         events = self.event(batch, embeddings)
-        for layer in self.layers:
-            events = layer(events, batch)
+        for encode in self.layers:
+            events = encode(events, batch)
         return events
 
     def _users(self, batch: Batch, events: Tensor, end: Tensor, at: Tensor) -> Tensor:
