@@ -142,13 +142,14 @@ def _compare(
     rows = pd.concat(frames.values(), ignore_index=True)
     truth = _truth(context, task, sorted(frames), rows)
     rate = float(rows["base_rate"].mean())
+    differences = _differences(rows, names, rate)
     arms = [
         {
             "name": name,
             "title": newest["arms"][name]["title"],
             **_metrics(rows, rows[name], rate),
-            "to_context": _difference(rows, name, CONTEXT_ARM, rate),
-            "to_aggregates": _difference(rows, name, AGGREGATES_ARM, rate),
+            "to_context": differences.get((name, CONTEXT_ARM)),
+            "to_aggregates": differences.get((name, AGGREGATES_ARM)),
             "by_day": {
                 day: _metrics(f, f[name], float(f["base_rate"].iloc[0]))["ne"]
                 for day, f in frames.items()
@@ -208,15 +209,20 @@ def _share(ne: float | None, oracle_ne: float | None) -> float | None:
     return (1 - ne) / (1 - oracle_ne)
 
 
-def _difference(rows: pd.DataFrame, arm: str, to: str, rate: float) -> dict[str, float] | None:
+def _differences(
+    rows: pd.DataFrame, arms: Sequence[str], rate: float
+) -> dict[tuple[str, str], dict[str, float]]:
+    """NE of each arm minus that of the two it is compared with, with intervals, by (arm, other)."""
     from models import metrics
 
-    if arm == to or to not in rows:
-        return None
-    found = metrics.bootstrap_ne_difference(
-        rows["label"], rows[arm], rows[to], rows["user_id"], rate
-    )
-    return asdict(found) if isfinite(found.mean) else None
+    pairs = {
+        (arm, other): (rows[arm], rows[other])
+        for other in (CONTEXT_ARM, AGGREGATES_ARM)
+        for arm in arms
+        if arm != other and other in rows
+    }
+    found = metrics.bootstrap_ne_differences(rows["label"], pairs, rows["user_id"], rate)
+    return {pair: asdict(i) for pair, i in found.items() if isfinite(i.mean)}
 
 
 def _truth(

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Name = TypeVar("Name")
 
 _EPSILON = 1e-7  # float32 probabilities of exactly 0 or 1 would make the logloss infinite
 
@@ -186,42 +188,52 @@ class Interval:
     high: float
 
 
-def bootstrap_ne_difference(
+def bootstrap_ne_differences(
     labels: ArrayLike,
-    predictions: ArrayLike,
-    baseline: ArrayLike,
+    pairs: Mapping[Name, tuple[ArrayLike, ArrayLike]],
     users: ArrayLike,
     base_rate: float,
     *,
     samples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Interval:
-    """NE of `predictions` minus NE of `baseline` on the same rows: negative is better.
+) -> dict[Name, Interval]:
+    """NE of predictions minus NE of a baseline on the same rows, for each pair: negative is better.
 
     A paired bootstrap that draws users and not rows, since the rows of one user are not
-    independent. Each user is reduced to the sum of its loss differences and its rows, so a sample
-    costs the users and not the rows.
+    independent. Each user is reduced to the sums of its loss differences and its rows, so a sample
+    costs the users and not the rows; and all pairs share the samples, which cost the most.
+
+    Args:
+        pairs: name -> (predictions, baseline).
 
     Returns:
-        The observed difference and the percentile interval at `confidence`.
+        By name, the observed difference and the percentile interval at `confidence`.
     """
-    nothing = Interval(mean=float("nan"), low=float("nan"), high=float("nan"))
-    h = entropy(base_rate)
-    difference = row_logloss(labels, predictions) - row_logloss(labels, baseline)
-    if not difference.size or np.isnan(h) or np.isnan(difference).any():
-        return nothing
+    h, nan = entropy(base_rate), float("nan")
+    found = {name: Interval(mean=nan, low=nan, high=nan) for name in pairs}
+    rows_lost = {
+        name: row_logloss(labels, predictions) - row_logloss(labels, baseline)
+        for name, (predictions, baseline) in pairs.items()
+    }
+    usable = {n: d for n, d in rows_lost.items() if d.size and not np.isnan(d).any()}
+    if not usable or np.isnan(h):
+        return found
     _, user = np.unique(np.asarray(users), return_inverse=True)
-    sums = np.bincount(user, weights=difference)
     rows = np.bincount(user).astype(np.float64)
+    sums = np.stack([np.bincount(user, weights=d) for d in usable.values()], axis=1)
     rng = np.random.default_rng(seed)
-    draws = np.empty(samples)
+    draws = np.empty((samples, len(usable)))
     for i in range(samples):
-        weight = np.bincount(rng.integers(len(sums), size=len(sums)), minlength=len(sums))
+        weight = np.bincount(rng.integers(len(rows), size=len(rows)), minlength=len(rows))
         draws[i] = (weight @ sums) / (weight @ rows) / h
     tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Interval(mean=float(difference.mean() / h), low=float(low), high=float(high))
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
+    for i, (name, difference) in enumerate(usable.items()):
+        found[name] = Interval(
+            mean=float(difference.mean() / h), low=float(low[i]), high=float(high[i])
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -248,11 +248,8 @@ class Comparison:
                 richest is None or len(arm.sources) > len(richest[1].sources)
             ):
                 richest = model, arm
-        reference = scored[REFERENCE]
-        for name, found in scored.items():
-            results[name]["difference"] = None
-            if name != REFERENCE:
-                results[name]["difference"] = self._difference(found, reference, rate)
+        for name, difference in self._differences(scored, rate).items():
+            results[name]["difference"] = difference
         out: dict[str, Any] = {"base_rate": rate, "reference": REFERENCE, "arms": results}
         if richest is not None:
             out["importance"] = self.importance(*richest, rate)
@@ -267,17 +264,21 @@ class Comparison:
             for part in [found.where(found.domain == value)]
         }
 
-    def _difference(self, found: Scored, reference: Scored, rate: float) -> dict[str, float] | None:
-        interval = metrics.bootstrap_ne_difference(
-            found.label,
-            found.prediction,
-            reference.prediction,
-            found.user_id,
+    def _differences(
+        self, scored: Mapping[str, Scored], rate: float
+    ) -> dict[str, dict[str, float] | None]:
+        """Each arm against the reference; None of the reference itself, and where nothing compares."""
+        reference = scored[REFERENCE]
+        found = metrics.bootstrap_ne_differences(
+            reference.label,
+            {n: (s.prediction, reference.prediction) for n, s in scored.items() if n != REFERENCE},
+            reference.user_id,
             rate,
             samples=self.config.bootstrap_samples,
             seed=self.seed % 2**32,
         )
-        return asdict(interval) if np.isfinite(interval.mean) else None
+        known = {name: asdict(i) for name, i in found.items() if np.isfinite(i.mean)}
+        return {name: known.get(name) for name in scored}
 
     # ---- permutation importance
 

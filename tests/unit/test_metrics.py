@@ -115,13 +115,16 @@ def test_certain_predictions_stay_finite() -> None:
     assert math.isfinite(metrics.logloss([1, 0], [0.0, 1.0]))
 
 
+def difference(labels, predictions, baseline, users, rate, **options) -> metrics.Interval:
+    pairs = {"only": (predictions, baseline)}
+    return metrics.bootstrap_ne_differences(labels, pairs, users, rate, **options)["only"]
+
+
 def test_bootstrap_agrees_with_a_naive_one_and_brackets_the_difference(sample) -> None:
     labels, predictions, users = sample
     baseline = np.full(len(labels), labels.mean())
     rate = float(labels.mean())
-    found = metrics.bootstrap_ne_difference(
-        labels, predictions, baseline, users, rate, samples=400, seed=1
-    )
+    found = difference(labels, predictions, baseline, users, rate, samples=400, seed=1)
     observed = metrics.normalized_entropy(labels, predictions, rate) - metrics.normalized_entropy(
         labels, baseline, rate
     )
@@ -147,8 +150,8 @@ def test_bootstrap_draws_users_and_not_rows() -> None:
     labels = rng.integers(0, 2, size=40)
     better = np.clip(labels * 0.5 + rng.random(40) * 0.5, 0.05, 0.95)
     base = np.full(40, 0.5)
-    one = metrics.bootstrap_ne_difference(labels, better, base, np.arange(40), 0.5)
-    many = metrics.bootstrap_ne_difference(
+    one = difference(labels, better, base, np.arange(40), 0.5)
+    many = difference(
         np.repeat(labels, 50),
         np.repeat(better, 50),
         np.repeat(base, 50),
@@ -160,9 +163,24 @@ def test_bootstrap_draws_users_and_not_rows() -> None:
 
 
 def test_bootstrap_of_a_model_with_itself_is_zero_and_of_nothing_nan() -> None:
-    same = metrics.bootstrap_ne_difference([1, 0], [0.4, 0.3], [0.4, 0.3], [1, 2], 0.5)
+    same = difference([1, 0], [0.4, 0.3], [0.4, 0.3], [1, 2], 0.5)
     assert (same.mean, same.low, same.high) == (0, 0, 0)
-    assert math.isnan(metrics.bootstrap_ne_difference([], [], [], [], 0.5).mean)
+    assert math.isnan(difference([], [], [], [], 0.5).mean)
+
+
+def test_pairs_that_are_bootstrapped_together_get_what_each_gets_alone(sample) -> None:
+    labels, predictions, users = sample
+    base = np.full(len(labels), 0.3)
+    broken = np.where(np.arange(len(labels)) == 3, np.nan, 0.5)
+    pairs = {"good": (predictions, base), "broken": (broken, base), "back": (base, predictions)}
+    found = metrics.bootstrap_ne_differences(labels, pairs, users, 0.3, samples=50)
+    assert list(found) == list(pairs)
+    assert math.isnan(found["broken"].mean)
+    for name in ("good", "back"):
+        alone = difference(labels, *pairs[name], users, 0.3, samples=50)
+        ours = found[name]
+        assert (ours.low, ours.high) == pytest.approx((alone.low, alone.high))
+    assert found["back"].mean == pytest.approx(-found["good"].mean)
 
 
 def test_importance_ranks_by_what_shuffling_costs() -> None:
