@@ -28,23 +28,46 @@ class Encoder(StrEnum):
     HSTU = "hstu"
 
 
-class SoftmaxLayer(nn.Module):
-    """A pre-norm transformer layer in which an event sees the events before it and itself.
+class _CausalLayer(nn.Module):
+    """What the layers share: the heads, the bias by relative time, and a prefix for every event.
 
     Args:
         width: E, a multiple of head_dim.
-        head_dim: of a head.
+        head_dim: d, of a head.
     """
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
         if width % head_dim:
             raise ValueError(f"width {width} is no multiple of head_dim {head_dim}")
-        self.heads, self.head_dim = width // head_dim, head_dim
+        self.shape = (width // head_dim, head_dim)
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.recency = RecencyBias(self.heads)
+        self.recency = RecencyBias(self.shape[0])
         self.out = nn.Linear(width, width)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, *, pointwise: float | None = None
+    ) -> Tensor:
+        """(N, E) each -> (N, E)."""
+        attended = prefix_attention(
+            q.unflatten(1, self.shape),
+            k.unflatten(1, self.shape),
+            v.unflatten(1, self.shape),
+            q_offsets=batch.event_offsets,
+            kv_offsets=batch.event_offsets,
+            kv_end=event_positions(batch) + 1,
+            recency=self.recency(batch.event_time, batch.event_time),
+            pointwise=pointwise,
+        )
+        return attended.flatten(1)
+
+
+class SoftmaxLayer(_CausalLayer):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__(width, head_dim)
+        self.qkv = nn.Linear(width, 3 * width)
         self.feed_norm = nn.LayerNorm(width)
         self.feed = nn.Sequential(
             nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
@@ -52,22 +75,12 @@ class SoftmaxLayer(nn.Module):
 
     def forward(self, events: Tensor, batch: Batch) -> Tensor:
         """(N, E) -> (N, E)."""
-        shape = (self.heads, self.head_dim)
-        q, k, v = (x.unflatten(1, shape) for x in self.qkv(self.norm(events)).chunk(3, dim=1))
-        attended = prefix_attention(
-            q,
-            k,
-            v,
-            q_offsets=batch.event_offsets,
-            kv_offsets=batch.event_offsets,
-            kv_end=event_positions(batch) + 1,
-            recency=self.recency(batch.event_time, batch.event_time),
-        )
-        events = events + self.out(attended.flatten(1))
+        q, k, v = self.qkv(self.norm(events)).chunk(3, dim=1)
+        events = events + self.out(self.attend(q, k, v, batch))
         return events + self.feed(self.feed_norm(events))
 
 
-class HstuLayer(nn.Module):
+class HstuLayer(_CausalLayer):
     """Pointwise aggregated attention, a layer of HSTU (arXiv 2402.17152, eq. 1 to 3).
 
         U, V, Q, K = split(SiLU(f1(X)))
@@ -75,38 +88,18 @@ class HstuLayer(nn.Module):
         Y = f2(Norm(A V) * U) + X
 
     No softmax: how many events match is kept, not only which match best. No feed-forward half: U gates.
-
-    Args:
-        width: E, a multiple of head_dim.
-        head_dim: of a head.
     """
 
     def __init__(self, width: int, head_dim: int) -> None:
-        super().__init__()
-        if width % head_dim:
-            raise ValueError(f"width {width} is no multiple of head_dim {head_dim}")
-        self.heads, self.head_dim = width // head_dim, head_dim
-        self.norm = nn.LayerNorm(width)
+        super().__init__(width, head_dim)
         self.uvqk = nn.Linear(width, 4 * width)
-        self.recency = RecencyBias(self.heads)
         self.attended_norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, width)
 
     def forward(self, events: Tensor, batch: Batch) -> Tensor:
         """(N, E) -> (N, E)."""
         u, v, q, k = F.silu(self.uvqk(self.norm(events))).chunk(4, dim=1)
-        shape = (self.heads, self.head_dim)
-        attended = prefix_attention(
-            q.unflatten(1, shape),
-            k.unflatten(1, shape),
-            v.unflatten(1, shape),
-            q_offsets=batch.event_offsets,
-            kv_offsets=batch.event_offsets,
-            kv_end=event_positions(batch) + 1,
-            recency=self.recency(batch.event_time, batch.event_time),
-            pointwise=_USUAL_LENGTH,
-        )
-        return events + self.out(self.attended_norm(attended.flatten(1)) * u)
+        attended = self.attend(q, k, v, batch, pointwise=_USUAL_LENGTH)
+        return events + self.out(self.attended_norm(attended) * u)
 
 
 _LAYERS: dict[Encoder, type[nn.Module]] = {Encoder.SOFTMAX: SoftmaxLayer, Encoder.HSTU: HstuLayer}

@@ -54,6 +54,34 @@ def _entries(tile_row, tile_start, tile, q_offsets, h, GROUP: tl.constexpr, BM: 
 
 
 @triton.jit
+def _asks(q, kv_end, q_time, query, head, is_query, G: tl.constexpr, D: tl.constexpr,
+          BD: tl.constexpr, RECENCY: tl.constexpr):  # fmt: skip
+    """Of a tile's queries: where their vectors lie and which numbers are theirs (BM, BD), the
+    vectors, how many keys they see and when they ask (BM,)."""
+    column = tl.arange(0, BD)
+    place = (query * G + head)[:, None] * D + column[None, :]
+    inside = is_query[:, None] & (column < D)[None, :]
+    asks = tl.load(q + place, mask=inside, other=0.0)
+    end = tl.load(kv_end + query, mask=is_query, other=0)
+    asked = tl.load(q_time + query, mask=is_query, other=0) if RECENCY else query
+    return place, inside, asks, end, asked
+
+
+@triton.jit
+def _keys(k, v, kv_time, key, is_key, h, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+          RECENCY: tl.constexpr):  # fmt: skip
+    """Of a tile's keys: where they lie and which numbers are theirs (BN, BD), keys, values, and when
+    they happened (BN,)."""
+    column = tl.arange(0, BD)
+    place = (key * H + h)[:, None] * D + column[None, :]
+    inside = is_key[:, None] & (column < D)[None, :]
+    keys = tl.load(k + place, mask=inside, other=0.0)
+    values = tl.load(v + place, mask=inside, other=0.0)
+    happened = tl.load(kv_time + key, mask=is_key, other=0) if RECENCY else key
+    return place, inside, keys, values, happened
+
+
+@triton.jit
 def _scores(q, k, asked, happened, head, edges, table, mask, scale,
             G: tl.constexpr, RECENCY: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """(BM, BN) float32 scores of q (BM, BD) and k (BN, BD), -inf where `mask` is False."""
@@ -84,19 +112,16 @@ def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, 
     """One program per tile of queries and key head. Writes out (Q, G, D) and lse (Q, G)."""
     tile, h = tl.program_id(0), tl.program_id(1)
     row, query, head, is_query = _entries(tile_row, tile_start, tile, q_offsets, h, G // H, BM)
-    column = tl.arange(0, BD)
-    in_width = column < D
-    place = (query * G + head)[:, None] * D + column[None, :]
-    inside = is_query[:, None] & in_width[None, :]
-    asks = tl.load(q + place, mask=inside, other=0.0)
-    end = tl.load(kv_end + query, mask=is_query, other=0)
-    asked = tl.load(q_time + query, mask=is_query, other=0) if RECENCY else query
+    place, inside, asks, end, asked = _asks(
+        q, kv_end, q_time, query, head, is_query, G, D, BD, RECENCY
+    )
     first_key = tl.load(kv_offsets + row)
 
     if NULL:  # the softmax starts from the null slot
         top = tl.load(null_score + query * G + head, mask=is_query, other=0.0)
         total = tl.full((BM,), 1.0, tl.float32)
-        value = tl.load(null_value + h * D + column, mask=in_width, other=0.0)
+        column = tl.arange(0, BD)
+        value = tl.load(null_value + h * D + column, mask=column < D, other=0.0)
         sums = tl.zeros((BM, BD), tl.float32) + value.to(tl.float32)[None, :]
     else:
         top = tl.full((BM,), -1e30, tl.float32)  # finite: -inf less -inf is NaN
@@ -106,13 +131,10 @@ def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, 
     for begin in range(0, tl.max(end, 0), BN):
         nth = begin + tl.arange(0, BN)
         mask = nth[None, :] < end[:, None]
-        key = first_key + nth
         some = nth < tl.max(end, 0)
-        where = (key * H + h)[:, None] * D + column[None, :]
-        loaded = some[:, None] & in_width[None, :]
-        keys = tl.load(k + where, mask=loaded, other=0.0)
-        values = tl.load(v + where, mask=loaded, other=0.0)
-        happened = tl.load(kv_time + key, mask=some, other=0) if RECENCY else nth
+        _, _, keys, values, happened = _keys(
+            k, v, kv_time, first_key + nth, some, h, H, D, BD, RECENCY
+        )
         score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
                         G, RECENCY, UPCAST)  # fmt: skip
         if POINTWISE:
@@ -147,16 +169,12 @@ def _backward_q(q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets,
     """One program per tile of queries and key head. Writes d_q, adds to d_table (COPIES, BUCKETS, G)."""
     tile, h = tl.program_id(0), tl.program_id(1)
     row, query, head, is_query = _entries(tile_row, tile_start, tile, q_offsets, h, G // H, BM)
-    column = tl.arange(0, BD)
-    in_width = column < D
-    place = (query * G + head)[:, None] * D + column[None, :]
-    inside = is_query[:, None] & in_width[None, :]
-    asks = tl.load(q + place, mask=inside, other=0.0)
+    place, inside, asks, end, asked = _asks(
+        q, kv_end, q_time, query, head, is_query, G, D, BD, RECENCY
+    )
     d_outs = tl.load(d_out + place, mask=inside, other=0.0)
     log_total = tl.load(lse + query * G + head, mask=is_query, other=float("inf"))
     deltas = tl.load(delta + query * G + head, mask=is_query, other=0.0)
-    end = tl.load(kv_end + query, mask=is_query, other=0)
-    asked = tl.load(q_time + query, mask=is_query, other=0) if RECENCY else query
     first_key = tl.load(kv_offsets + row)
     if UPCAST:
         d_outs = d_outs.to(tl.float32)
@@ -164,13 +182,10 @@ def _backward_q(q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets,
     for begin in range(0, tl.max(end, 0), BN):
         nth = begin + tl.arange(0, BN)
         mask = nth[None, :] < end[:, None]
-        key = first_key + nth
         some = nth < tl.max(end, 0)
-        where = (key * H + h)[:, None] * D + column[None, :]
-        loaded = some[:, None] & in_width[None, :]
-        keys = tl.load(k + where, mask=loaded, other=0.0)
-        values = tl.load(v + where, mask=loaded, other=0.0)
-        happened = tl.load(kv_time + key, mask=some, other=0) if RECENCY else nth
+        _, _, keys, values, happened = _keys(
+            k, v, kv_time, first_key + nth, some, h, H, D, BD, RECENCY
+        )
         score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
                         G, RECENCY, UPCAST)  # fmt: skip
         if UPCAST:
@@ -204,13 +219,7 @@ def _backward_kv(q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv
     first_key, last_key = tl.load(kv_offsets + row), tl.load(kv_offsets + row + 1)
     key = first_key + nth
     is_key = key < last_key
-    column = tl.arange(0, BD)
-    in_width = column < D
-    where = (key * H + h)[:, None] * D + column[None, :]
-    loaded = is_key[:, None] & in_width[None, :]
-    keys = tl.load(k + where, mask=loaded, other=0.0)
-    values = tl.load(v + where, mask=loaded, other=0.0)
-    happened = tl.load(kv_time + key, mask=is_key, other=0) if RECENCY else nth
+    where, loaded, keys, values, happened = _keys(k, v, kv_time, key, is_key, h, H, D, BD, RECENCY)
     if UPCAST:
         values = values.to(tl.float32)
     d_keys = tl.zeros((BN, BD), tl.float32)
@@ -221,14 +230,12 @@ def _backward_kv(q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv
         query = first + entry // GROUP
         head = h * GROUP + entry % GROUP
         is_query = query < last
-        end = tl.load(kv_end + query, mask=is_query, other=0)
-        place = (query * G + head)[:, None] * D + column[None, :]
-        inside = is_query[:, None] & in_width[None, :]
-        asks = tl.load(q + place, mask=inside, other=0.0)
+        place, inside, asks, end, asked = _asks(
+            q, kv_end, q_time, query, head, is_query, G, D, BD, RECENCY
+        )
         d_outs = tl.load(d_out + place, mask=inside, other=0.0)
         log_total = tl.load(lse + query * G + head, mask=is_query, other=float("inf"))
         deltas = tl.load(delta + query * G + head, mask=is_query, other=0.0)
-        asked = tl.load(q_time + query, mask=is_query, other=0) if RECENCY else query
         mask = (nth[None, :] < end[:, None]) & is_key[None, :]
         score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
                         G, RECENCY, UPCAST)  # fmt: skip
