@@ -298,7 +298,7 @@ def test_a_recorded_run_trains_again_to_the_same_bits(settings, model):
 def test_downstream_compares_the_arms_on_the_newest_matured_day(settings, rows):
     context = _context(settings, DAYS[4], task="click")
     train_downstream.run(context)
-    where = train_downstream.folder(context, SPEC.task("click"))
+    where = settings.downstream_dir(SPEC.name, "click") / DAYS[4]
     result = json.loads((where / "result.json").read_text())
     assert (result["test_day"], result["train_days"]) == (DAYS[4], DAYS[1:4])
     assert set(result["arms"]) == {
