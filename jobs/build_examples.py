@@ -351,12 +351,16 @@ def unusual_of(
     )
     days = _user_days(rows, state, dataset)
     is_busy = F.col("rows") > dataset.max_part_rows
-    found = days.where(is_busy | (F.size("again") > 0)).limit(_MOST_NAMED + 1).collect()
-    again = [event_id for row in found for event_id in row["again"]]
-    if len(found) > _MOST_NAMED or len(again) > _MOST_NAMED:
-        return Unusual()
+    named = days.where(is_busy | (F.size("again") > 0)).orderBy(F.desc("rows"))
+    found = named.limit(
+        _MOST_NAMED + 1
+    ).collect()  # the busy first: cut off, they are still all here
     busy = [row["user_id"] for row in found if row["rows"] > dataset.max_part_rows]
-    return Unusual(busy_users=busy, delivered_again=again)
+    again = [event_id for row in found for event_id in row["again"]]
+    return Unusual(
+        busy_users=None if len(busy) > _MOST_NAMED else busy,
+        delivered_again=None if max(len(found), len(again)) > _MOST_NAMED else again,
+    )
 
 
 def run(context: JobContext) -> None:

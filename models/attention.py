@@ -101,6 +101,14 @@ def prefix_attention_reference(
     return out
 
 
+def check(q: Tensor, k: Tensor, *, null: Null | None, pointwise: float | None) -> None:
+    """Raises ValueError where head counts do not divide, or `null` meets `pointwise`."""
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if pointwise is not None and null is not None:
+        raise ValueError("null is for a softmax: a pointwise query needs no slot to look away to")
+
+
 def prefix_attention(
     q: Tensor,
     k: Tensor,
@@ -133,10 +141,7 @@ def prefix_attention(
     Returns:
         (Q, G, d).
     """
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
-    if pointwise is not None and null is not None:
-        raise ValueError("null is for a softmax: a pointwise query needs no slot to look away to")
+    check(q, k, null=null, pointwise=pointwise)
     if q.shape[0] == 0:
         return q
     if q.is_cuda:
@@ -179,6 +184,23 @@ def prefix_attention(
     return torch.cat(pieces).index_select(0, order)
 
 
+class Tiles(NamedTuple):
+    """Pieces of rows: their row, and where in it they start, (n,) int64 each."""
+
+    row: Tensor
+    start: Tensor
+
+
+def cut(lengths: Tensor, size: int) -> Tiles:
+    """Rows of these lengths, (R,) int64, into pieces of at most `size`."""
+    per_row = (lengths + size - 1) // size
+    rows = torch.arange(len(lengths), device=lengths.device)
+    row = torch.repeat_interleave(rows, per_row)
+    first = F.pad(per_row.cumsum(0), (1, 0))[:-1]
+    nth = torch.arange(len(row), device=row.device) - first.index_select(0, row)
+    return Tiles(row, nth * size)
+
+
 class _Blocks(NamedTuple):
     row: Tensor  # (b,) row of each block
     start: Tensor  # (b,) its first query
@@ -187,13 +209,9 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(q_offsets: Tensor, kv_end: Tensor) -> _Blocks:
-    counts = q_offsets.diff()
-    per_row = (counts + _BLOCK - 1) // _BLOCK
-    rows = torch.arange(len(counts), device=counts.device)
-    row = torch.repeat_interleave(rows, per_row)
-    first_block = F.pad(per_row.cumsum(0), (1, 0))[:-1]
-    nth = torch.arange(len(row), device=row.device) - first_block.index_select(0, row)
-    start = q_offsets[:-1].index_select(0, row) + nth * _BLOCK
+    tiles = cut(q_offsets.diff(), _BLOCK)
+    row = tiles.row
+    start = q_offsets[:-1].index_select(0, row) + tiles.start
     count = torch.minimum(
         q_offsets[1:].index_select(0, row) - start, torch.full_like(start, _BLOCK)
     )

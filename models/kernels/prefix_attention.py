@@ -18,7 +18,8 @@ whatever the inputs are.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.attention import RECENCY_BUCKETS, Null, Recency, recency_bucket
+from models.attention import RECENCY_BUCKETS, Null, Recency, check, cut, recency_bucket
 
 _TILE_ROWS, _TILE_KEYS = 16, 32
 _COPIES = 64  # of the gradient of the bias table, so that fewer programs add to one number
@@ -101,6 +102,18 @@ def _pointwise(score, mask, share):
     gate = tl.sigmoid(score)
     slope = tl.where(mask, gate * (1.0 + score * (1.0 - gate)) * share, 0.0)
     return tl.where(mask, score * gate * share, 0.0), slope
+
+
+@triton.jit
+def _weights(score, mask, d_weight, log_total, deltas, share, POINTWISE: tl.constexpr):
+    """The weights that scores gave, made again, and the gradient of the scores, (BM, BN) each."""
+    if POINTWISE:
+        weight, slope = _pointwise(score, mask, share)
+        d_score = slope * d_weight
+    else:
+        weight = tl.exp(score - log_total[:, None])
+        d_score = weight * (d_weight - deltas[:, None])
+    return weight, d_score
 
 
 @triton.jit
@@ -191,12 +204,7 @@ def _backward_q(q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets,
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         d_weight = tl.dot(d_outs, tl.trans(values), input_precision="ieee")
-        if POINTWISE:
-            _, slope = _pointwise(score, mask, share)
-            d_score = slope * d_weight
-        else:
-            weight = tl.exp(score - log_total[:, None])
-            d_score = weight * (d_weight - deltas[:, None])
+        _, d_score = _weights(score, mask, d_weight, log_total, deltas, share, POINTWISE)
         if RECENCY:
             bucket = _bucket(asked[:, None] - happened[None, :], edges)
             cell = ((tile % COPIES) * BUCKETS + bucket) * G + head[:, None]
@@ -242,35 +250,14 @@ def _backward_kv(q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv
         if UPCAST:
             asks, d_outs = asks.to(tl.float32), d_outs.to(tl.float32)
         d_weight = tl.dot(d_outs, tl.trans(values), input_precision="ieee")
-        if POINTWISE:
-            weight, slope = _pointwise(score, mask, share)
-            d_score = slope * d_weight
-        else:
-            weight = tl.exp(score - log_total[:, None])
-            d_score = weight * (d_weight - deltas[:, None])
+        weight, d_score = _weights(score, mask, d_weight, log_total, deltas, share, POINTWISE)
         d_values += tl.dot(tl.trans(weight.to(d_outs.dtype)), d_outs, input_precision="ieee")
         d_keys += tl.dot(tl.trans(d_score.to(asks.dtype)), asks, input_precision="ieee") * scale
     tl.store(d_k + where, d_keys.to(d_k.dtype.element_ty), mask=loaded)
     tl.store(d_v + where, d_values.to(d_v.dtype.element_ty), mask=loaded)
 
 
-class _Tiles(NamedTuple):
-    """Tiles of at most `size` entries of one row: their row and where in it they start, (n,) int64."""
-
-    row: Tensor
-    start: Tensor
-
-
-def _tiles(entries: Tensor, size: int) -> _Tiles:
-    """entries (R,) int64 -> the tiles of every row."""
-    per_row = (entries + size - 1) // size
-    rows = torch.arange(len(entries), device=entries.device)
-    row = torch.repeat_interleave(rows, per_row)
-    first = F.pad(per_row.cumsum(0), (1, 0))[:-1]
-    nth = torch.arange(len(row), device=row.device) - first.index_select(0, row)
-    return _Tiles(row, nth * size)
-
-
+@cache
 def _edges(device: torch.device) -> Tensor:
     """(RECENCY_BUCKETS + 1,) int64: the least age in microseconds of each bucket; nothing reaches the last."""
     bucket = torch.arange(RECENCY_BUCKETS, dtype=torch.float64)
@@ -295,9 +282,9 @@ class _PrefixAttention(torch.autograd.Function):
         out = torch.zeros_like(q)
         lse = q.new_full((queries, heads), float("inf"), dtype=torch.float32)
         edges = _edges(q.device)
-        tiles = _tiles(q_offsets.diff() * group, _TILE_ROWS)
+        tiles = cut(q_offsets.diff() * group, _TILE_ROWS)
         shape, share = _shape(q, k, table, pointwise), 1.0 / (pointwise or 1.0)
-        ctx.pointwise = pointwise
+        ctx.pointwise, ctx.tiles = pointwise, tiles
         if len(tiles.row):
             _forward[(len(tiles.row), k.shape[1])](
                 q, k, v, out, lse, q_offsets, kv_offsets, kv_end,
@@ -317,18 +304,19 @@ class _PrefixAttention(torch.autograd.Function):
         d_out = d_out.contiguous()
         delta = (out.float() * d_out.float()).sum(2)
         d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        d_table = q.new_zeros((_COPIES, RECENCY_BUCKETS, heads), dtype=torch.float32)
+        copies = _COPIES if table is not None else 0
+        d_table = q.new_zeros((copies, RECENCY_BUCKETS, heads), dtype=torch.float32)
         shape, share = _shape(q, k, table, ctx.pointwise), 1.0 / (ctx.pointwise or 1.0)
         times = _or(q_offsets, q_time, kv_time)
         bias = _or(q, table)
-        tiles = _tiles(q_offsets.diff() * group, _TILE_ROWS)
+        tiles = ctx.tiles
         if len(tiles.row):
             _backward_q[(len(tiles.row), kv_heads)](
                 q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets, kv_end, *times,
                 edges, *bias, tiles.row, tiles.start, width**-0.5, share, **shape,
                 BUCKETS=RECENCY_BUCKETS, COPIES=_COPIES,
             )  # fmt: skip
-        tiles = _tiles(kv_offsets.diff(), _TILE_KEYS)
+        tiles = cut(kv_offsets.diff(), _TILE_KEYS)
         if len(tiles.row):
             _backward_kv[(len(tiles.row), kv_heads)](
                 q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv_end, *times,
@@ -391,8 +379,7 @@ def flash_prefix_attention(
         (Q, G, d) of q's dtype.
     """
     kv_heads = k.shape[1]
-    if q.shape[1] % kv_heads:
-        raise ValueError(f"{q.shape[1]} query heads are no multiple of {kv_heads} key heads")
+    check(q, k, null=null, pointwise=pointwise)
     null_score = null_value = None
     if null is not None:
         grouped = q.float().unflatten(1, (kv_heads, -1))  # (Q, H, group, d)

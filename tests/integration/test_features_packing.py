@@ -58,7 +58,7 @@ def test_a_busy_day_becomes_parts_and_a_part_without_targets_none(spark):
     assert rows[1]["history__view__event_time"] == times[10:]  # 4 before the part, its own 2
 
 
-def test_what_is_unusual_about_a_day_is_found_before_it_is_packed(spark):
+def test_what_is_unusual_about_a_day_is_found_before_it_is_packed(spark, monkeypatch):
     yesterday, today = (start_us(d, TINY.utc_offset) for d in (DAYS[0], DAYS[1]))
     held = [event(1, "view", 1, yesterday, article=1), event(2, "view", 2, yesterday, article=1)]
     busy = [event(10 + i, "view", 3, today + i, article=1) for i in range(TINY.max_part_rows)]
@@ -72,6 +72,8 @@ def test_what_is_unusual_about_a_day_is_found_before_it_is_packed(spark):
 
     assert found([]) == Unusual(busy_users=[], delivered_again=[2])
     assert found([target(1, "visit", 3, today)]) == Unusual(busy_users=[3], delivered_again=[2])
+    monkeypatch.setattr(build_examples, "_MOST_NAMED", 1)  # too much for the one, not for the other
+    assert found([target(1, "visit", 3, today)]) == Unusual(busy_users=[3], delivered_again=None)
 
 
 def test_a_user_with_one_event_and_a_user_with_none(spark):
