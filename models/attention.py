@@ -14,9 +14,13 @@ themselves and `kv_end` is 1, 2, 3, ... within each row. Pooling by learned quer
 row.
 
 Shapes: Q queries, N keys, R rows, G query heads, H key heads (G a multiple of H: heads g with the
-same g // (G // H) read one key head), d head dimension.
+same g // (G // H) read one key head), d head dimension, P = sum(kv_end) pairs of a query and a key
+that it sees. For query q and the i-th key n of its row, i < kv_end[q], and each bias that is given:
 
-    score[q, g, n] = <query[q, g], key[n, h]> / sqrt(d) + bias[bucket(q_time[q] - kv_time[n]), g]
+    score[q, g, n] = <query[q, g], key[n, h]> / sqrt(d)
+                     + recency[recency_bucket(q_time[q] - kv_time[n]), g]
+                     + position_bias[position_bucket(kv_end[q] - 1 - i), g]
+                     + pair_bias[kv_end[0] + ... + kv_end[q - 1] + i, g]
     out[q, g]      = sum over n of softmax(score)[q, g, n] value[n, h]
 
 or, pointwise (HSTU, arXiv 2402.17152, eq. 2): a weight says how much, and not how much of the whole,
@@ -37,6 +41,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 RECENCY_BUCKETS = 64
+POSITION_BUCKETS = 64
+# the least position of each bucket but the first: 1, 2, ... 31, 32, 40, 48, 56, 64, 80, ... 7168
+_POSITION_EDGES = (*range(1, 32), *((4 + i % 4) << (3 + i // 4) for i in range(32)))
 _MASKED = -1e30  # finite: a row of nothing but -inf makes NaN
 _LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _BLOCK = 16
@@ -64,6 +71,21 @@ def recency_bucket(age_us: Tensor) -> Tensor:
     return (2.0 * torch.log2(seconds.clamp(min=0.5)) + 2.0).to(torch.int64).clamp(max=63)
 
 
+def position_bucket(newer: Tensor) -> Tensor:
+    """Exact below 32, then four buckets per doubling; 63 from 7168 up; int64.
+
+    Args:
+        newer: int64, how many of the visible keys come after a key: 0 is the newest.
+    """
+    edges = torch.tensor(_POSITION_EDGES, device=newer.device)
+    return torch.bucketize(newer, edges, right=True)
+
+
+def first_pairs(kv_end: Tensor) -> Tensor:
+    """(Q,) int64, the first row of each query in `pair_bias`."""
+    return kv_end.cumsum(0) - kv_end
+
+
 def prefix_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -73,16 +95,20 @@ def prefix_attention_reference(
     kv_offsets: Tensor,
     kv_end: Tensor,
     recency: Recency | None = None,
+    position_bias: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     null: Null | None = None,
     pointwise: float | None = None,
 ) -> Tensor:
     """As `prefix_attention`, one query and one head at a time."""
     group = q.shape[1] // k.shape[1]
+    first_pair = first_pairs(kv_end)
     out = torch.zeros_like(q)
     for row in range(len(q_offsets) - 1):
         start = int(kv_offsets[row])
         for i in range(int(q_offsets[row]), int(q_offsets[row + 1])):
-            seen = slice(start, start + int(kv_end[i]))
+            end, pair = int(kv_end[i]), int(first_pair[i])
+            seen = slice(start, start + end)
             for g in range(q.shape[1]):
                 h = g // group
                 keys, values = k[seen, h], v[seen, h]
@@ -90,6 +116,11 @@ def prefix_attention_reference(
                 if recency is not None:
                     age = recency.q_time[i] - recency.kv_time[seen]
                     scores = scores + recency.table[recency_bucket(age), g]
+                if position_bias is not None:
+                    newer = torch.arange(end, device=q.device).flip(0)
+                    scores = scores + position_bias[position_bucket(newer), g]
+                if pair_bias is not None:
+                    scores = scores + pair_bias[pair : pair + end, g]
                 if null is not None:
                     null_score = (null.key[h] * q[i, g]).sum()[None] / q.shape[2] ** 0.5
                     scores = torch.cat([null_score, scores])
@@ -101,10 +132,26 @@ def prefix_attention_reference(
     return out
 
 
-def check(q: Tensor, k: Tensor, *, null: Null | None, pointwise: float | None) -> None:
-    """Raises ValueError where head counts do not divide, or `null` meets `pointwise`."""
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+def check(
+    q: Tensor,
+    k: Tensor,
+    *,
+    kv_end: Tensor,
+    position_bias: Tensor | None,
+    pair_bias: Tensor | None,
+    null: Null | None,
+    pointwise: float | None,
+) -> None:
+    """Raises ValueError where head counts do not divide, a bias has another shape than the queries
+    and keys ask for, or `null` meets `pointwise`."""
+    heads = q.shape[1]
+    if heads % k.shape[1]:
+        raise ValueError(f"{heads} query heads are no multiple of {k.shape[1]} key heads")
+    if position_bias is not None and position_bias.shape != (POSITION_BUCKETS, heads):
+        shape = tuple(position_bias.shape)
+        raise ValueError(f"position_bias is {shape}, give ({POSITION_BUCKETS}, {heads})")
+    if pair_bias is not None and pair_bias.shape != (pairs := int(kv_end.sum()), heads):
+        raise ValueError(f"pair_bias is {tuple(pair_bias.shape)}, give ({pairs}, {heads})")
     if pointwise is not None and null is not None:
         raise ValueError("null is for a softmax: a pointwise query needs no slot to look away to")
 
@@ -118,6 +165,8 @@ def prefix_attention(
     kv_offsets: Tensor,
     kv_end: Tensor,
     recency: Recency | None = None,
+    position_bias: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     null: Null | None = None,
     pointwise: float | None = None,
 ) -> Tensor:
@@ -135,49 +184,49 @@ def prefix_attention(
         q_offsets, kv_offsets: (R+1,) int64.
         kv_end: (Q,) int64, 0 up to the number of keys of the query's row.
         recency: bias by age.
+        position_bias: (POSITION_BUCKETS, G) float, bias by how many visible keys are newer.
+        pair_bias: (P, G) float, a bias for every query and visible key: query by query, in the order
+            of the keys, as `models.history.visible_pairs` lays them out.
         null: null slot; not with `pointwise`.
         pointwise: weights are SiLU(score) / pointwise instead of a softmax; a usual length.
 
     Returns:
         (Q, G, d).
     """
-    check(q, k, null=null, pointwise=pointwise)
-    if q.shape[0] == 0:
-        return q
     if q.is_cuda:
         from models.kernels.prefix_attention import flash_prefix_attention
 
         return flash_prefix_attention(
-            q, k, v, q_offsets=q_offsets, kv_offsets=kv_offsets, kv_end=kv_end,
-            recency=recency, null=null, pointwise=pointwise,
+            q, k, v, q_offsets=q_offsets, kv_offsets=kv_offsets, kv_end=kv_end, recency=recency,
+            position_bias=position_bias, pair_bias=pair_bias, null=null, pointwise=pointwise,
         )  # fmt: skip
+    check(
+        q, k, kv_end=kv_end, position_bias=position_bias, pair_bias=pair_bias, null=null,
+        pointwise=pointwise,
+    )  # fmt: skip
+    if q.shape[0] == 0:
+        return q
     # slot 0 of the padded keys is the null slot, or a masked one
     heads, width = k.shape[1], k.shape[2]
     null_key = k.new_zeros(1, heads, width) if null is None else null.key[None]
     null_value = v.new_zeros(1, heads, width) if null is None else null.value[None]
     kv = torch.cat([torch.cat([null_key, null_value], 2), torch.cat([k, v], 2)], 0)
-    blocks = _blocks(q_offsets, kv_end)
-    first_key = kv_offsets[:-1].index_select(0, blocks.row) + 1
+    groups = _groups(q_offsets, kv_offsets, kv_end, kv.shape[0])
+    pairs = [None] * len(groups) if pair_bias is None else _padded(pair_bias, groups, kv_end)
     pieces, places = [], []
-    for chosen, length, size in _groups(blocks):
-        start = blocks.start.index_select(0, chosen)[:, None]
-        count = blocks.count.index_select(0, chosen)[:, None]
-        within = torch.arange(size, device=q.device)
-        valid = within < count  # (b, t)
-        query = start + torch.minimum(within, count - 1)
-        key = torch.arange(length, device=q.device) + first_key.index_select(0, chosen)[:, None]
-        key = F.pad(key.clamp(max=kv.shape[0] - 1), (1, 0))  # (b, 1 + l)
+    for group, pair in zip(groups, pairs, strict=True):
+        query, key = group.query, group.key
+        end = kv_end.index_select(0, query.flatten()).view(query.shape)
         out = _dense(
             q.index_select(0, query.flatten()).unflatten(0, query.shape),
             kv.index_select(0, key.flatten()).unflatten(0, key.shape),
-            end=kv_end.index_select(0, query.flatten()).view(query.shape),
-            bias=None if recency is None else _bias(recency, query, key),
+            end=end,
+            bias=_bias(group, end, recency=recency, position_bias=position_bias, pair_bias=pair),
             null=null is not None,
             pointwise=pointwise,
         )
-        flat = valid.flatten().nonzero().squeeze(1)
-        pieces.append(out.flatten(0, 1).index_select(0, flat))
-        places.append(query.flatten().index_select(0, flat))
+        pieces.append(out.flatten(0, 1).index_select(0, group.asked))
+        places.append(query.flatten().index_select(0, group.asked))
     order = torch.empty_like(kv_end)
     place = torch.cat(places)
     order[place] = torch.arange(len(place), device=q.device)
@@ -219,10 +268,20 @@ def _blocks(q_offsets: Tensor, kv_end: Tensor) -> _Blocks:
     return _Blocks(row, start, count, longest)
 
 
-def _groups(blocks: _Blocks) -> list[tuple[Tensor, int, int]]:
-    """(blocks, padded prefix, padded queries) of each group; every block is in one of them."""
-    edges = torch.tensor(_LENGTHS, device=blocks.row.device)
-    level = torch.bucketize(blocks.longest, edges)
+class _Group(NamedTuple):
+    query: Tensor  # (b, t) the queries of b blocks; a shorter block repeats its last
+    asked: Tensor  # which of the b t are no repetition
+    key: Tensor  # (b, 1 + l) their row's first keys as rows of the padded keys, slot 0 in front
+
+
+def _groups(
+    q_offsets: Tensor, kv_offsets: Tensor, kv_end: Tensor, padded_keys: int
+) -> list[_Group]:
+    """Blocks of like prefixes, padded; every block is in one of them."""
+    device = kv_end.device
+    blocks = _blocks(q_offsets, kv_end)
+    first_key = kv_offsets[:-1].index_select(0, blocks.row) + 1
+    level = torch.bucketize(blocks.longest, torch.tensor(_LENGTHS, device=device))
     narrow = (blocks.count * 4 <= _BLOCK).to(level.dtype)
     groups = []
     kind = level * 2 + narrow
@@ -230,17 +289,53 @@ def _groups(blocks: _Blocks) -> list[tuple[Tensor, int, int]]:
         chosen = (kind == value).nonzero().squeeze(1)
         nth = value // 2
         length = _LENGTHS[nth] if nth < len(_LENGTHS) else int(blocks.longest[chosen].max())
-        groups.append((chosen, length, _BLOCK // 4 if value % 2 else _BLOCK))
+        start = blocks.start.index_select(0, chosen)[:, None]
+        count = blocks.count.index_select(0, chosen)[:, None]
+        within = torch.arange(_BLOCK // 4 if value % 2 else _BLOCK, device=device)
+        asked = (within < count).flatten().nonzero().squeeze(1)
+        key = torch.arange(length, device=device) + first_key.index_select(0, chosen)[:, None]
+        key = F.pad(key.clamp(max=padded_keys - 1), (1, 0))
+        groups.append(_Group(start + torch.minimum(within, count - 1), asked, key))
     return groups
 
 
-def _bias(recency: Recency, query: Tensor, key: Tensor) -> Tensor:
-    """(b, t, 1 + l, G), for padded queries (b, t) and keys (b, 1 + l); of slot 0 it is 0."""
-    asked = recency.q_time.index_select(0, query.flatten()).view(query.shape)
-    times = F.pad(recency.kv_time, (1, 0))  # as the keys: slot 0 is the null slot
-    happened = times.index_select(0, key[:, 1:].flatten()).view(key.shape[0], -1)
-    bucket = recency_bucket(asked[:, :, None] - happened[:, None, :])
-    return F.pad(F.embedding(bucket, recency.table), (0, 0, 1, 0))
+def _padded(pair_bias: Tensor, groups: list[_Group], kv_end: Tensor) -> list[Tensor]:
+    """(b, t, l, G) of each group. All pairs are written at once and each to one place, so that the
+    gradient is a plain read."""
+    shapes = [(*group.query.shape, group.key.shape[1] - 1) for group in groups]
+    sizes = [b * t * length for b, t, length in shapes]
+    start = torch.empty_like(kv_end)  # (Q,) where each query's pairs go
+    before = 0
+    for group, (_, _, length), size in zip(groups, shapes, sizes, strict=True):
+        start[group.query.flatten().index_select(0, group.asked)] = before + group.asked * length
+        before += size
+    place = torch.repeat_interleave(start - first_pairs(kv_end), kv_end)
+    place = place + torch.arange(len(place), device=place.device)
+    padded = pair_bias.new_zeros(before, pair_bias.shape[1]).index_copy(0, place, pair_bias)
+    return [p.unflatten(0, s) for p, s in zip(padded.split(sizes), shapes, strict=True)]
+
+
+def _bias(
+    group: _Group,
+    end: Tensor,
+    *,
+    recency: Recency | None,
+    position_bias: Tensor | None,
+    pair_bias: Tensor | None,
+) -> Tensor | None:
+    """(b, t, 1 + l, G), the sum of what is given; of slot 0 it is 0. `pair_bias`: (b, t, l, G)."""
+    given = [] if pair_bias is None else [pair_bias]
+    if recency is not None:
+        query, key = group.query, group.key[:, 1:]
+        asked = recency.q_time.index_select(0, query.flatten()).view(query.shape)
+        times = F.pad(recency.kv_time, (1, 0))  # as the keys: slot 0 is the null slot
+        happened = times.index_select(0, key.flatten()).view(key.shape)
+        bucket = recency_bucket(asked[:, :, None] - happened[:, None, :])
+        given.append(F.embedding(bucket, recency.table))
+    if position_bias is not None:
+        slot = torch.arange(1, group.key.shape[1], device=end.device)
+        given.append(F.embedding(position_bucket(end[:, :, None] - slot), position_bias))
+    return F.pad(sum(given[1:], start=given[0]), (0, 0, 1, 0)) if given else None
 
 
 def _dense(
@@ -275,7 +370,7 @@ def _dense(
         weights = torch.softmax(scores + mask, dim=-1)
     if not null and pointwise is None:
         weights = weights * (end > 0)[:, None, None, :, None]
-    out = weights.view(b, kv_heads, group * t, slots) @ v
+    out = weights.to(v.dtype).view(b, kv_heads, group * t, slots) @ v
     out = out.view(b, kv_heads, group, t, width).permute(0, 3, 1, 2, 4)
     return out.reshape(b, t, heads, width)
 

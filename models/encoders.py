@@ -1,8 +1,9 @@
 """Encoders of an event sequence: causal self-attention layers, from cheap to dear.
 
 An event sees the events before it and itself, so that a row is encoded once for all of its targets.
-Relative time enters as a bias by the age of the key. O(N^2) in the length of a history, where the
-pooling above is O(M N): a layer has to earn its cost.
+Relative time and position enter as biases by the age of the key and by how many events came after
+it (rab^{p,t} of HSTU, arXiv 2402.17152). O(N^2) in the length of a history, where the pooling above
+is O(M N): a layer has to earn its cost.
 
 Shapes: N events, E their width, d head dimension.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import RecencyBias, prefix_attention
+from models.attention import POSITION_BUCKETS, RecencyBias, prefix_attention
 from models.batch import Batch
 from models.event import event_positions
 
@@ -29,7 +31,7 @@ class Encoder(StrEnum):
 
 
 class _CausalLayer(nn.Module):
-    """What the layers share: the heads, the bias by relative time, and a prefix for every event.
+    """What the layers share: heads, biases by relative time and position, a prefix for every event.
 
     Args:
         width: E, a multiple of head_dim.
@@ -43,6 +45,7 @@ class _CausalLayer(nn.Module):
         self.shape = (width // head_dim, head_dim)
         self.norm = nn.LayerNorm(width)
         self.recency = RecencyBias(self.shape[0])
+        self.position_bias = nn.Parameter(torch.zeros(POSITION_BUCKETS, self.shape[0]))
         self.out = nn.Linear(width, width)
 
     def attend(
@@ -57,6 +60,7 @@ class _CausalLayer(nn.Module):
             kv_offsets=batch.event_offsets,
             kv_end=event_positions(batch) + 1,
             recency=self.recency(batch.event_time, batch.event_time),
+            position_bias=self.position_bias,
             pointwise=pointwise,
         )
         return attended.flatten(1)

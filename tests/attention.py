@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.attention import RECENCY_BUCKETS, Null, Recency
+from models.attention import POSITION_BUCKETS, RECENCY_BUCKETS, Null, Recency
+
+FLAGS = st.fixed_dictionaries(
+    {name: st.booleans() for name in ("recency", "position", "pairs", "null")}
+)
 
 
 def problem(
@@ -17,6 +22,8 @@ def problem(
     heads: tuple[int, int] = (4, 2),
     width: int = 3,
     recency: bool = True,
+    position: bool = True,
+    pairs: bool = True,
     null: bool = True,
     prefix: str = "random",
     pointwise: float | None = None,
@@ -44,20 +51,26 @@ def problem(
         "kv_offsets": kv_offsets,
         "kv_end": end,
         "recency": Recency(times[:queries], times[queries:], normal(RECENCY_BUCKETS, g)) if recency else None,
+        "position_bias": normal(POSITION_BUCKETS, g) if position else None,
+        "pair_bias": normal(int(end.sum()), g) if pairs else None,
         "null": Null(normal(h, width), normal(h, width)) if null and pointwise is None else None,
         "pointwise": pointwise,
     }  # fmt: skip
 
 
+def leaves(given_: dict[str, Any]) -> list[Tensor]:
+    """What has a gradient: q, k, v, and the biases and null slot that there are."""
+    recency = given_["recency"]
+    optional = (given_["position_bias"], given_["pair_bias"], recency and recency.table)
+    found = [given_[x] for x in "qkv"] + [x for x in optional if x is not None]
+    return found + list(given_["null"] or ())
+
+
 def gradients(function: Any, given_: dict[str, Any]) -> list[Tensor]:
-    leaves = [given_["q"], given_["k"], given_["v"]]
-    if given_["recency"] is not None:
-        leaves.append(given_["recency"].table)
-    if given_["null"] is not None:
-        leaves += list(given_["null"])
+    wanted = leaves(given_)
     out = function(**given_)
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     total = (out * weight).sum() + 0 * given_["q"].sum()  # has a graph even where nothing is seen
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    zero = [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(total, wanted, allow_unused=True)
+    zero = [torch.zeros_like(leaf) for leaf in wanted]
     return [z if f is None else f for f, z in zip(found, zero, strict=True)]

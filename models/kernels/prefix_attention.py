@@ -18,29 +18,26 @@ whatever the inputs are.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from models.attention import RECENCY_BUCKETS, Null, Recency, check, cut, recency_bucket
+from models.attention import (
+    POSITION_BUCKETS,
+    RECENCY_BUCKETS,
+    Null,
+    Recency,
+    check,
+    cut,
+    first_pairs,
+)
+from models.kernels.biases import add_biases, age_edges, store_gradients
 
 _TILE_ROWS, _TILE_KEYS = 16, 32
-_COPIES = 64  # of the gradient of the bias table, so that fewer programs add to one number
-
-
-@triton.jit
-def _bucket(age, edges):
-    """`recency_bucket` of int64 microseconds: a guess by float32, put right by the exact edges."""
-    seconds = tl.maximum(age.to(tl.float32) * 1e-6, 0.5)
-    guess = tl.minimum((2.0 * tl.log2(seconds) + 2.0).to(tl.int32), 63)
-    guess = tl.maximum(guess, 0)
-    guess = tl.where(age >= tl.load(edges + guess + 1), guess + 1, guess)
-    return tl.where(age < tl.load(edges + guess), guess - 1, guess)
+_COPIES = 64  # of a bias table's gradient, so that fewer programs add to one number
 
 
 @triton.jit
@@ -55,17 +52,18 @@ def _entries(tile_row, tile_start, tile, q_offsets, h, GROUP: tl.constexpr, BM: 
 
 
 @triton.jit
-def _asks(q, kv_end, q_time, query, head, is_query, G: tl.constexpr, D: tl.constexpr,
-          BD: tl.constexpr, RECENCY: tl.constexpr):  # fmt: skip
+def _asks(q, kv_end, q_time, first_pair, query, head, is_query, G: tl.constexpr, D: tl.constexpr,
+          BD: tl.constexpr, RECENCY: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     """Of a tile's queries: where their vectors lie and which numbers are theirs (BM, BD), the
-    vectors, how many keys they see and when they ask (BM,)."""
+    vectors, how many keys they see, when they ask and what their first pair is (BM,)."""
     column = tl.arange(0, BD)
     place = (query * G + head)[:, None] * D + column[None, :]
     inside = is_query[:, None] & (column < D)[None, :]
     asks = tl.load(q + place, mask=inside, other=0.0)
     end = tl.load(kv_end + query, mask=is_query, other=0)
     asked = tl.load(q_time + query, mask=is_query, other=0) if RECENCY else query
-    return place, inside, asks, end, asked
+    pair = tl.load(first_pair + query, mask=is_query, other=0) if PAIRS else query
+    return place, inside, asks, end, asked, pair
 
 
 @triton.jit
@@ -83,15 +81,15 @@ def _keys(k, v, kv_time, key, is_key, h, H: tl.constexpr, D: tl.constexpr, BD: t
 
 
 @triton.jit
-def _scores(q, k, asked, happened, head, edges, table, mask, scale,
-            G: tl.constexpr, RECENCY: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+def _scores(q, k, mask, scale, nth, head, end, asked, happened, pair, edges, recency, position, pairs,
+            G: tl.constexpr, RECENCY: tl.constexpr, POSITION: tl.constexpr, PAIRS: tl.constexpr,
+            UPCAST: tl.constexpr):  # fmt: skip
     """(BM, BN) float32 scores of q (BM, BD) and k (BN, BD), -inf where `mask` is False."""
     if UPCAST:  # Triton's interpreter multiplies bfloat16 wrongly
         q, k = q.to(tl.float32), k.to(tl.float32)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if RECENCY:
-        bucket = _bucket(asked[:, None] - happened[None, :], edges)
-        score += tl.load(table + bucket * G + head[:, None], mask=mask, other=0.0)
+    score = add_biases(score, mask, nth, head, end, asked, happened, pair, edges, recency, position,
+                       pairs, G, RECENCY, POSITION, PAIRS)  # fmt: skip
     return tl.where(mask, score, float("-inf"))
 
 
@@ -117,16 +115,16 @@ def _weights(score, mask, d_weight, log_total, deltas, share, POINTWISE: tl.cons
 
 
 @triton.jit
-def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, edges, table,
-             null_score, null_value, tile_row, tile_start, scale, share,
+def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, first_pair, edges,
+             recency, position, pairs, null_score, null_value, tile_row, tile_start, scale, share,
              G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-             BD: tl.constexpr, RECENCY: tl.constexpr, NULL: tl.constexpr,
-             POINTWISE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+             BD: tl.constexpr, RECENCY: tl.constexpr, POSITION: tl.constexpr, PAIRS: tl.constexpr,
+             NULL: tl.constexpr, POINTWISE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """One program per tile of queries and key head. Writes out (Q, G, D) and lse (Q, G)."""
     tile, h = tl.program_id(0), tl.program_id(1)
     row, query, head, is_query = _entries(tile_row, tile_start, tile, q_offsets, h, G // H, BM)
-    place, inside, asks, end, asked = _asks(
-        q, kv_end, q_time, query, head, is_query, G, D, BD, RECENCY
+    place, inside, asks, end, asked, pair = _asks(
+        q, kv_end, q_time, first_pair, query, head, is_query, G, D, BD, RECENCY, PAIRS
     )
     first_key = tl.load(kv_offsets + row)
 
@@ -148,8 +146,9 @@ def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, 
         _, _, keys, values, happened = _keys(
             k, v, kv_time, first_key + nth, some, h, H, D, BD, RECENCY
         )
-        score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
-                        G, RECENCY, UPCAST)  # fmt: skip
+        score = _scores(asks, keys, mask, scale, nth, head, end, asked, happened, pair, edges,
+                        recency, position, pairs, G, RECENCY, POSITION, PAIRS,
+                        UPCAST)  # fmt: skip
         if POINTWISE:
             weight, _ = _pointwise(score, mask, share)
         else:
@@ -173,17 +172,18 @@ def _forward(q, k, v, out, lse, q_offsets, kv_offsets, kv_end, q_time, kv_time, 
 
 
 @triton.jit
-def _backward_q(q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets, kv_end, q_time,
-                kv_time, edges, table, tile_row, tile_start, scale, share,
+def _backward_q(q, k, v, d_out, lse, delta, d_q, d_recency, d_position, d_pairs, q_offsets,
+                kv_offsets, kv_end, q_time, kv_time, first_pair, edges, recency, position, pairs,
+                tile_row, tile_start, scale, share,
                 G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-                BN: tl.constexpr, BD: tl.constexpr, BUCKETS: tl.constexpr, COPIES: tl.constexpr,
-                RECENCY: tl.constexpr, POINTWISE: tl.constexpr,
+                BN: tl.constexpr, BD: tl.constexpr, COPIES: tl.constexpr, RECENCY: tl.constexpr,
+                POSITION: tl.constexpr, PAIRS: tl.constexpr, POINTWISE: tl.constexpr,
                 UPCAST: tl.constexpr):  # fmt: skip
-    """One program per tile of queries and key head. Writes d_q, adds to d_table (COPIES, BUCKETS, G)."""
+    """One program per tile of queries and key head. Writes d_q and the gradients of the biases."""
     tile, h = tl.program_id(0), tl.program_id(1)
     row, query, head, is_query = _entries(tile_row, tile_start, tile, q_offsets, h, G // H, BM)
-    place, inside, asks, end, asked = _asks(
-        q, kv_end, q_time, query, head, is_query, G, D, BD, RECENCY
+    place, inside, asks, end, asked, pair = _asks(
+        q, kv_end, q_time, first_pair, query, head, is_query, G, D, BD, RECENCY, PAIRS
     )
     d_outs = tl.load(d_out + place, mask=inside, other=0.0)
     log_total = tl.load(lse + query * G + head, mask=is_query, other=float("inf"))
@@ -199,26 +199,25 @@ def _backward_q(q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets,
         _, _, keys, values, happened = _keys(
             k, v, kv_time, first_key + nth, some, h, H, D, BD, RECENCY
         )
-        score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
-                        G, RECENCY, UPCAST)  # fmt: skip
+        score = _scores(asks, keys, mask, scale, nth, head, end, asked, happened, pair, edges,
+                        recency, position, pairs, G, RECENCY, POSITION, PAIRS,
+                        UPCAST)  # fmt: skip
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         d_weight = tl.dot(d_outs, tl.trans(values), input_precision="ieee")
         _, d_score = _weights(score, mask, d_weight, log_total, deltas, share, POINTWISE)
-        if RECENCY:
-            bucket = _bucket(asked[:, None] - happened[None, :], edges)
-            cell = ((tile % COPIES) * BUCKETS + bucket) * G + head[:, None]
-            tl.atomic_add(d_table + cell, d_score, mask=mask)
+        store_gradients(d_score, mask, nth, head, end, asked, happened, pair, edges, tile % COPIES,
+                        d_recency, d_position, d_pairs, G, RECENCY, POSITION, PAIRS)  # fmt: skip
         sums += tl.dot(d_score.to(keys.dtype), keys, input_precision="ieee") * scale
     tl.store(d_q + place, sums.to(d_q.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward_kv(q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv_end, q_time,
-                 kv_time, edges, table, tile_row, tile_start, scale, share,
-                 G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-                 BN: tl.constexpr, BD: tl.constexpr, RECENCY: tl.constexpr,
-                 POINTWISE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                 kv_time, first_pair, edges, recency, position, pairs, tile_row, tile_start, scale,
+                 share, G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr, BD: tl.constexpr, RECENCY: tl.constexpr, POSITION: tl.constexpr,
+                 PAIRS: tl.constexpr, POINTWISE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """One program per tile of keys and key head, over all queries of its row. Writes d_k and d_v."""
     tile, h = tl.program_id(0), tl.program_id(1)
     GROUP: tl.constexpr = G // H
@@ -238,15 +237,16 @@ def _backward_kv(q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv
         query = first + entry // GROUP
         head = h * GROUP + entry % GROUP
         is_query = query < last
-        place, inside, asks, end, asked = _asks(
-            q, kv_end, q_time, query, head, is_query, G, D, BD, RECENCY
+        place, inside, asks, end, asked, pair = _asks(
+            q, kv_end, q_time, first_pair, query, head, is_query, G, D, BD, RECENCY, PAIRS
         )
         d_outs = tl.load(d_out + place, mask=inside, other=0.0)
         log_total = tl.load(lse + query * G + head, mask=is_query, other=float("inf"))
         deltas = tl.load(delta + query * G + head, mask=is_query, other=0.0)
         mask = (nth[None, :] < end[:, None]) & is_key[None, :]
-        score = _scores(asks, keys, asked, happened, head, edges, table, mask, scale,
-                        G, RECENCY, UPCAST)  # fmt: skip
+        score = _scores(asks, keys, mask, scale, nth, head, end, asked, happened, pair, edges,
+                        recency, position, pairs, G, RECENCY, POSITION, PAIRS,
+                        UPCAST)  # fmt: skip
         if UPCAST:
             asks, d_outs = asks.to(tl.float32), d_outs.to(tl.float32)
         d_weight = tl.dot(d_outs, tl.trans(values), input_precision="ieee")
@@ -257,91 +257,79 @@ def _backward_kv(q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv
     tl.store(d_v + where, d_values.to(d_v.dtype.element_ty), mask=loaded)
 
 
-@cache
-def _edges(device: torch.device) -> Tensor:
-    """(RECENCY_BUCKETS + 1,) int64: the least age in microseconds of each bucket; nothing reaches the last."""
-    bucket = torch.arange(RECENCY_BUCKETS, dtype=torch.float64)
-    guess = (torch.exp2((bucket - 2) / 2) * 1e6).to(torch.int64)
-    near = guess[:, None] + torch.arange(-64, 65)
-    reached = (recency_bucket(near) >= bucket[:, None]).to(torch.int64)
-    edges = near.gather(1, reached.argmax(1, keepdim=True)).squeeze(1)
-    edges[0] = torch.iinfo(torch.int64).min
-    return F.pad(edges, (0, 1), value=torch.iinfo(torch.int64).max).to(device)
-
-
 class _PrefixAttention(torch.autograd.Function):
     """Everything but the null slot's own gradients, which are plain: its score comes in as a tensor."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None,
-                null_score: Tensor | None, null_value: Tensor | None, q_offsets: Tensor,
-                kv_offsets: Tensor, kv_end: Tensor, q_time: Tensor | None,
-                kv_time: Tensor | None, pointwise: float | None) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recency: Tensor | None,
+                position: Tensor | None, pairs: Tensor | None, null_score: Tensor | None,
+                null_value: Tensor | None, q_offsets: Tensor, kv_offsets: Tensor, kv_end: Tensor,
+                q_time: Tensor | None, kv_time: Tensor | None,
+                pointwise: float | None) -> Tensor:  # fmt: skip
         queries, heads, width = q.shape
         group = heads // k.shape[1]
         out = torch.zeros_like(q)
         lse = q.new_full((queries, heads), float("inf"), dtype=torch.float32)
-        edges = _edges(q.device)
+        first_pair = None if pairs is None else first_pairs(kv_end)
+        biases = (*_or(q_offsets, q_time, kv_time, first_pair), age_edges(q.device),
+                  *_or(q, recency, position, pairs))  # fmt: skip
         tiles = cut(q_offsets.diff() * group, _TILE_ROWS)
-        shape, share = _shape(q, k, table, pointwise), 1.0 / (pointwise or 1.0)
-        ctx.pointwise, ctx.tiles = pointwise, tiles
+        ctx.scale, ctx.share = width**-0.5, 1.0 / (pointwise or 1.0)
+        ctx.shape = {
+            "G": heads, "H": k.shape[1], "D": width, "BM": _TILE_ROWS, "BN": _TILE_KEYS,
+            "BD": max(16, triton.next_power_of_2(width)), "RECENCY": recency is not None,
+            "POSITION": position is not None, "PAIRS": pairs is not None,
+            "POINTWISE": pointwise is not None, "UPCAST": q.device.type == "cpu",
+        }  # fmt: skip
         if len(tiles.row):
             _forward[(len(tiles.row), k.shape[1])](
-                q, k, v, out, lse, q_offsets, kv_offsets, kv_end,
-                *_or(q_offsets, q_time, kv_time), edges, *_or(q, table, null_score, null_value),
-                tiles.row, tiles.start, width**-0.5, share, **shape, NULL=null_score is not None,
+                q, k, v, out, lse, q_offsets, kv_offsets, kv_end, *biases,
+                *_or(q, null_score, null_value), tiles.row, tiles.start, ctx.scale, ctx.share,
+                **ctx.shape, NULL=null_score is not None,
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, table, null_score, null_value, q_offsets, kv_offsets,
-                              kv_end, q_time, kv_time, out, lse, edges)  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, lse, null_score, null_value, q_offsets, kv_offsets,
+                              kv_end, *tiles, *biases)  # fmt: skip
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v, table, null_score, null_value, q_offsets, kv_offsets, kv_end, q_time, kv_time,
-         out, lse, edges) = ctx.saved_tensors  # fmt: skip
-        heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[2]
-        group = heads // kv_heads
+        (q, k, v, out, lse, null_score, null_value, q_offsets, kv_offsets, kv_end, row, start,
+         *biases) = ctx.saved_tensors  # fmt: skip
+        heads, kv_heads = q.shape[1], k.shape[1]
         d_out = d_out.contiguous()
         delta = (out.float() * d_out.float()).sum(2)
         d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        copies = _COPIES if table is not None else 0
-        d_table = q.new_zeros((copies, RECENCY_BUCKETS, heads), dtype=torch.float32)
-        shape, share = _shape(q, k, table, ctx.pointwise), 1.0 / (ctx.pointwise or 1.0)
-        times = _or(q_offsets, q_time, kv_time)
-        bias = _or(q, table)
-        tiles = ctx.tiles
-        if len(tiles.row):
-            _backward_q[(len(tiles.row), kv_heads)](
-                q, k, v, d_out, lse, delta, d_q, d_table, q_offsets, kv_offsets, kv_end, *times,
-                edges, *bias, tiles.row, tiles.start, width**-0.5, share, **shape,
-                BUCKETS=RECENCY_BUCKETS, COPIES=_COPIES,
+        d_recency = d_position = d_pairs = None
+        if ctx.shape["RECENCY"]:
+            d_recency = q.new_zeros((_COPIES, RECENCY_BUCKETS, heads), dtype=torch.float32)
+        if ctx.shape["POSITION"]:
+            d_position = q.new_zeros((_COPIES, POSITION_BUCKETS, heads), dtype=torch.float32)
+        if ctx.shape["PAIRS"]:
+            d_pairs = torch.empty_like(biases[-1])  # each pair is of one tile, which writes it
+        if len(row):
+            _backward_q[(len(row), kv_heads)](
+                q, k, v, d_out, lse, delta, d_q, *_or(q, d_recency, d_position, d_pairs), q_offsets,
+                kv_offsets, kv_end, *biases, row, start, ctx.scale, ctx.share, **ctx.shape,
+                COPIES=_COPIES,
             )  # fmt: skip
         tiles = cut(kv_offsets.diff(), _TILE_KEYS)
         if len(tiles.row):
             _backward_kv[(len(tiles.row), kv_heads)](
-                q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv_end, *times,
-                edges, *bias, tiles.row, tiles.start, width**-0.5, share, **shape,
+                q, k, v, d_out, lse, delta, d_k, d_v, q_offsets, kv_offsets, kv_end, *biases,
+                tiles.row, tiles.start, ctx.scale, ctx.share, **ctx.shape,
             )  # fmt: skip
         d_score = d_value = None
         if null_score is not None:
             weight = torch.exp(null_score - lse)  # (Q, G)
-            wide = d_out.float().unflatten(1, (kv_heads, group))
-            d_value = torch.einsum("qhgd,qhg->hd", wide, weight.unflatten(1, (kv_heads, group)))
+            wide = d_out.float().unflatten(1, (kv_heads, -1))
+            d_value = torch.einsum("qhgd,qhg->hd", wide, weight.unflatten(1, (kv_heads, -1)))
             d_weight = torch.einsum("qhgd,hd->qhg", wide, null_value.float()).flatten(1)
             d_score = weight * (d_weight - delta)
         return (
-            d_q, d_k, d_v, None if table is None else d_table.sum(0), d_score, d_value,
+            d_q, d_k, d_v, None if d_recency is None else d_recency.sum(0),
+            None if d_position is None else d_position.sum(0), d_pairs, d_score, d_value,
             None, None, None, None, None, None,
         )  # fmt: skip
-
-
-def _shape(q: Tensor, k: Tensor, table: Tensor | None, pointwise: float | None) -> dict[str, Any]:
-    width = q.shape[2]
-    return {
-        "G": q.shape[1], "H": k.shape[1], "D": width, "BM": _TILE_ROWS, "BN": _TILE_KEYS,
-        "BD": max(16, triton.next_power_of_2(width)), "RECENCY": table is not None,
-        "POINTWISE": pointwise is not None, "UPCAST": q.device.type == "cpu",
-    }  # fmt: skip
 
 
 def _or(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -358,13 +346,15 @@ def flash_prefix_attention(
     kv_offsets: Tensor,
     kv_end: Tensor,
     recency: Recency | None = None,
+    position_bias: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     null: Null | None = None,
     pointwise: float | None = None,
 ) -> Tensor:
     """As `models.attention.prefix_attention`, forward and backward, float32 or bfloat16.
 
-    The gradient of the bias table is added up by atomics: it does not repeat to the last bit. All
-    others do.
+    The gradients of the tables of `recency` and `position_bias` are added up by atomics: they do not
+    repeat to the last bit. All others do.
 
     Args:
         q: (Q, G, d).
@@ -372,6 +362,8 @@ def flash_prefix_attention(
         q_offsets, kv_offsets: (R+1,) int64.
         kv_end: (Q,) int64, 0 up to the number of keys of the query's row.
         recency: bias by age.
+        position_bias: (POSITION_BUCKETS, G) float, bias by how many visible keys are newer.
+        pair_bias: (P, G) float, a bias for every query and visible key.
         null: null slot; not with `pointwise`.
         pointwise: weights are SiLU(score) / pointwise instead of a softmax.
 
@@ -379,7 +371,10 @@ def flash_prefix_attention(
         (Q, G, d) of q's dtype.
     """
     kv_heads = k.shape[1]
-    check(q, k, null=null, pointwise=pointwise)
+    check(
+        q, k, kv_end=kv_end, position_bias=position_bias, pair_bias=pair_bias, null=null,
+        pointwise=pointwise,
+    )  # fmt: skip
     null_score = null_value = None
     if null is not None:
         grouped = q.float().unflatten(1, (kv_heads, -1))  # (Q, H, group, d)
@@ -389,6 +384,8 @@ def flash_prefix_attention(
     return _PrefixAttention.apply(
         q.contiguous(), k.contiguous(), v.contiguous(),
         None if recency is None else recency.table.float().contiguous(),
+        None if position_bias is None else position_bias.float().contiguous(),
+        None if pair_bias is None else pair_bias.contiguous(),
         null_score, null_value, q_offsets, kv_offsets, kv_end,
         None if recency is None else recency.q_time, None if recency is None else recency.kv_time,
         pointwise,

@@ -14,12 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.attention import Null, Recency, prefix_attention_reference, recency_bucket
-from tests.attention import gradients, problem
+from models.attention import (
+    Null,
+    Recency,
+    position_bucket,
+    prefix_attention_reference,
+    recency_bucket,
+)
+from tests.attention import FLAGS, gradients, leaves, problem
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from models.kernels.prefix_attention import _edges, flash_prefix_attention
+import triton
+import triton.language as tl
+
+from models.kernels.biases import age_edges, newer_bucket
+from models.kernels.prefix_attention import flash_prefix_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 70)), min_size=1, max_size=3)
@@ -37,9 +47,7 @@ def moved(given_: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
             out[name] = type(value)(*(leaf(x) for x in value))
         else:
             out[name] = leaf(value) if isinstance(value, Tensor) else value
-    for x in (out["q"], out["k"], out["v"]):
-        x.requires_grad_()
-    for x in [*(out["null"] or ()), *([out["recency"].table] if out["recency"] else [])]:
+    for x in leaves(out):
         x.requires_grad_()
     return out
 
@@ -60,9 +68,9 @@ def assert_equals_the_reference(given_: dict[str, Any], dtype: torch.dtype, boun
 
 
 @settings(max_examples=6)
-@given(SIZES, st.booleans(), st.booleans(), st.integers(0, 10**6))
-def test_it_equals_the_reference_forward_and_backward(sizes, recency, null, seed) -> None:
-    given_ = problem(sizes, recency=recency, null=null, seed=seed)
+@given(SIZES, FLAGS, st.integers(0, 10**6))
+def test_it_equals_the_reference_forward_and_backward(sizes, flags, seed) -> None:
+    given_ = problem(sizes, **flags, seed=seed)
     assert_equals_the_reference(given_, torch.float32, 2e-5)
 
 
@@ -73,9 +81,9 @@ def test_empty_rows_one_event_rows_and_whole_prefixes(prefix: str) -> None:
 
 
 @settings(max_examples=4)
-@given(SIZES, st.booleans(), st.integers(0, 10**6))
-def test_pointwise_weights_equal_the_reference(sizes, recency, seed) -> None:
-    given_ = problem(sizes, recency=recency, pointwise=30.0, seed=seed)
+@given(SIZES, FLAGS, st.integers(0, 10**6))
+def test_pointwise_weights_equal_the_reference(sizes, flags, seed) -> None:
+    given_ = problem(sizes, **flags, pointwise=30.0, seed=seed)
     assert_equals_the_reference(given_, torch.float32, 2e-5)
 
 
@@ -89,8 +97,8 @@ def test_bfloat16_is_as_close_as_bfloat16_is() -> None:
     assert_equals_the_reference(problem([(6, 35), (3, 9)], width=16), torch.bfloat16, 3e-2)
 
 
-def test_all_but_the_tables_gradient_repeat_to_the_bit() -> None:
-    given_ = problem([(9, 50), (4, 7)], recency=False, null=False)
+def test_all_but_the_tables_gradients_repeat_to_the_bit() -> None:
+    given_ = problem([(9, 50), (4, 7)], recency=False, position=False, null=False)
     one, other = (gradients(flash_prefix_attention, moved(given_, torch.float32)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -101,10 +109,23 @@ def test_a_batch_without_a_query_or_without_a_key() -> None:
 
 
 def test_the_edges_of_the_recency_buckets_are_exact() -> None:
-    edges = _edges(torch.device("cpu"))
+    edges = age_edges(torch.device("cpu"))
     for bucket in range(1, 64):
         at = torch.stack([edges[bucket] - 1, edges[bucket]])
         assert recency_bucket(at).tolist() == [bucket - 1, bucket]
+
+
+@triton.jit
+def _buckets(out, most, SIZE: tl.constexpr):
+    newer = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + newer, newer_bucket(newer), mask=newer < most)
+
+
+def test_the_position_buckets_of_the_kernel_are_those_of_the_reference() -> None:
+    newer = torch.arange(20_000)
+    out = torch.empty_like(newer, device=DEVICE)
+    _buckets[(triton.cdiv(len(newer), 1024),)](out, len(newer), SIZE=1024)
+    assert torch.equal(out.cpu(), position_bucket(newer))
 
 
 def test_head_counts_that_do_not_divide_are_refused() -> None:
@@ -118,20 +139,25 @@ from triton.compiler import ASTSource, compile
 import models.kernels.prefix_attention as p
 
 pointers = {
-    "fp32": "q k v out d_out d_q d_k d_v lse delta table d_table null_score null_value".split(),
-    "i64": "q_offsets kv_offsets kv_end q_time kv_time edges tile_row tile_start".split(),
+    "fp32": "lse delta recency d_recency position d_position null_score null_value".split(),
+    "i64": "q_offsets kv_offsets kv_end q_time kv_time first_pair edges tile_row tile_start".split(),
+    "half": "q k v out d_out d_q d_k d_v pairs d_pairs".split(),
 }
-half = set("q k v out d_out d_q d_k d_v".split())
-values = dict(G=8, H=2, D=16, BM=16, BN=32, BD=16, RECENCY=True, NULL=True, UPCAST=False, BUCKETS=64, COPIES=64)
-variants = [(80, "fp32", False), (80, "bf16", True), (90, "bf16", False), (90, "fp32", True)]
-for capability, dtype, pointwise in variants:
+values = dict(G=8, H=2, D=16, BM=16, BN=32, BD=16, UPCAST=False, COPIES=64)
+variants = [
+    (80, "fp32", dict(RECENCY=True, POSITION=True, PAIRS=True, NULL=True, POINTWISE=False)),
+    (80, "bf16", dict(RECENCY=True, POSITION=True, PAIRS=False, NULL=False, POINTWISE=True)),
+    (90, "bf16", dict(RECENCY=True, POSITION=True, PAIRS=True, NULL=True, POINTWISE=False)),
+    (90, "fp32", dict(RECENCY=False, POSITION=False, PAIRS=True, NULL=False, POINTWISE=True)),
+]
+for capability, dtype, flags in variants:
     for kernel in (p._forward, p._backward_q, p._backward_kv):
         signature = {"scale": "fp32", "share": "fp32"}
         for kind, names in pointers.items():
             for name in names:
-                signature[name] = "*" + (dtype if name in half else kind)
+                signature[name] = "*" + (dtype if kind == "half" else kind)
         mine = {a: signature.get(a, "constexpr") for a in kernel.arg_names}
-        chosen = {a: (values | {"POINTWISE": pointwise}).get(a) for a in kernel.arg_names}
+        chosen = {a: (values | flags).get(a) for a in kernel.arg_names}
         chosen = {a: v for a, v in chosen.items() if v is not None}
         source = ASTSource(fn=kernel, signature=mine, constexprs=chosen)
         built = compile(source, target=GPUTarget("cuda", capability, 32))
