@@ -23,7 +23,9 @@ from feature_store.days import HOUR_US, end_us, start_us
 from feature_store.spec import Dataset, IdType
 from feature_store.tables import (
     Table,
+    co_occurrence_columns,
     contract,
+    counts_column,
     history_column,
     history_end_column,
     label_column,
@@ -53,7 +55,7 @@ FAULTS = {
     "sequences": ("incomplete", "misaligned", "out_of_range", "unordered"),
     "aggregates": ("incomplete", "misaligned", "out_of_range"),
     "examples": ("incomplete", "misaligned", "out_of_range", "unordered", "leaks"),
-    "item_aggregates": ("incomplete", "out_of_range"),
+    "item_aggregates": ("incomplete", "misaligned", "out_of_range"),
     "truth": ("incomplete",),
     "user_embeddings": ("incomplete", "out_of_range"),
 }
@@ -111,7 +113,7 @@ def checked(dataset: Dataset, table: str, ds: str, batch: pa.RecordBatch) -> pa.
         labels = _Lists(columns["labels"])
         faults.add("out_of_range", labels.rows_where(~np.isin(labels.values, (-1, 0, 1))), "labels")
     elif table == "item_aggregates":
-        _item_counts(columns, faults)
+        _item_counts(dataset, columns, faults)
     elif table == "user_embeddings":
         _embeddings(columns, faults)
     kept = {n: columns[n] for n in dict.fromkeys((*shape.key, *PLAIN[table]))}
@@ -246,7 +248,11 @@ def _impressions(dataset: Dataset, columns: dict[str, pa.Array], faults: _Faults
         faults.add("out_of_range", ~known, label_column(label))
 
 
-def _item_counts(columns: dict[str, pa.Array], faults: _Faults) -> None:
+def _item_counts(dataset: Dataset, columns: dict[str, pa.Array], faults: _Faults) -> None:
+    for name in co_occurrence_columns(dataset):
+        _aligned([name, counts_column(name)], columns, faults)
+        counts = _Lists(columns[counts_column(name)])
+        faults.add("out_of_range", counts.rows_where(counts.values < 1), counts_column(name))
     for name, column in columns.items():
         if name.startswith("events__"):
             faults.add("out_of_range", _numpy(column) < 0, name)

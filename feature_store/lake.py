@@ -185,14 +185,15 @@ class Lake:
     ) -> DataFrame:
         """`table` as a Spark frame, limited to `days`; empty where the table does not exist.
 
-        It is of one version, the newest at this moment unless `version` names another.
+        It is of one version, the newest at this moment unless `version` names another. A column
+        that the contract gained after that version is null.
         """
         from pyspark.sql import functions as F
         from pyspark.sql.pandas.types import from_arrow_schema
 
         names = self.contract(table).schema.names
+        schema = from_arrow_schema(self.contract(table).schema, prefer_timestamp_ntz=True)
         if not self.exists(table):
-            schema = from_arrow_schema(self.contract(table).schema, prefer_timestamp_ntz=True)
             return spark.createDataFrame([], schema)
         at = self.version(table) if version is None else version
         frame = self._delta(spark, table, at)
@@ -200,7 +201,10 @@ class Lake:
             frame = frame.where(
                 F.col("ds").isin(list(days)) if len(days) != 1 else F.col("ds") == days[0]
             )
-        return frame.select(*names)
+        stored = {f.name for f in self._open(table, at).schema().fields}
+        return frame.select(
+            *(n if n in stored else F.lit(None).cast(schema[n].dataType).alias(n) for n in names)
+        )
 
     def _delta(self, spark: SparkSession, table: str, version: int) -> DataFrame:
         """`table` as of `version`, the same frame each time: an engine that has analysed a plan knows

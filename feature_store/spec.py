@@ -18,6 +18,7 @@ from feature_store.errors import DataError, SpecError
 from feature_store.spec_parts import (
     Aggregate,
     Attribute,
+    CoOccurrence,
     DenseFeature,
     EventLabel,
     EventStream,
@@ -38,6 +39,7 @@ from feature_store.spec_parts import (
 __all__ = [
     "Aggregate",
     "Attribute",
+    "CoOccurrence",
     "Dataset",
     "DenseFeature",
     "EventLabel",
@@ -211,6 +213,23 @@ class Dataset:
                     a.name for a in self.stream(stream_name).attributes if a.vocabulary == "item"
                 ]
                 check_known(f"ItemFeatures.streams[{stream_name}]", attribute, names)
+            check(
+                not self.item_features.ordered_ids or self.item_id_type is IdType.INT64,
+                "ItemFeatures.ordered_ids", True, f"item ids are {self.item_id_type}: only numbers have an order",
+            )  # fmt: skip
+            if self.item_features.co_occurrence is not None:
+                self._check_co_occurrence(self.item_features.co_occurrence)
+
+    def _check_co_occurrence(self, pairs: CoOccurrence) -> None:
+        check_known("CoOccurrence.stream", pairs.stream, list(self._streams))
+        ids = [a for a in self.stream(pairs.stream).attributes if a.kind is Kind.CATEGORICAL]
+        items = [a.name for a in ids if a.vocabulary == "item"]
+        check_known("CoOccurrence.attribute", pairs.attribute, items)
+        context = {c.name for c in self.context_features}
+        for name in pairs.beside:
+            check_known("CoOccurrence.beside", name, [a.name for a in ids if a.name in context])
+        for name in pairs.before:
+            check_known("CoOccurrence.before", name, [a.name for a in ids])
 
     def _check_tasks(self) -> None:
         targets = {t.name: t for t in self.targets}

@@ -249,6 +249,47 @@ class DenseFeature:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CoOccurrence:
+    """With what an item's events come together, counted by the hour.
+
+    Two counts, of the events of one stream whose `attribute` is an item. *Beside*: with which value
+    of another attribute of the same event (readers of this article by region). *Before*: after which
+    values of an attribute, among the 1, 2, .. of the user's events of the stream before it that `lags`
+    names (readers of this article by what they read just before, and by what they read lately). A
+    target's item gets from them, over the `window_days` days
+    before its day and the day's hours that closed before its `as_of`, how much more often than by
+    chance it comes beside the target's own context, and after each event of its user's history.
+
+    Args:
+        stream, attribute: the events, and which attribute of theirs is the item.
+        beside: categorical attributes of the stream that are context features of targets too.
+        before: categorical attributes of the stream.
+        lags: how many earlier events an event is paired with; each number is a count of its own.
+        window_days: whole days that the counts reach back; items that matter are younger.
+    """
+
+    stream: str
+    attribute: str
+    beside: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    lags: tuple[int, ...] = (1, 20)
+    window_days: int = 3
+
+    def __post_init__(self) -> None:
+        where = "CoOccurrence"
+        check(
+            len(self.beside) + len(self.before) >= 1,
+            f"{where}.before", self.before, "name an attribute here or in beside, or leave it out",
+        )  # fmt: skip
+        check_unique(f"{where}.beside", self.beside)
+        check_unique(f"{where}.before", self.before)
+        ascending = sorted(set(self.lags)) == list(self.lags)
+        good = len(self.lags) >= 1 and ascending and self.lags[0] >= 1 and self.lags[-1] <= 256
+        check(good, f"{where}.lags", self.lags, "give numbers from 1 to 256, ascending")
+        check(self.window_days >= 1, f"{where}.window_days", self.window_days, "use 1 day or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ItemFeatures:
     """What is counted about items by the hour, from streams whose `attribute` is an item.
 
@@ -260,10 +301,15 @@ class ItemFeatures:
     Args:
         streams: stream -> the attribute of it that is an item (vocabulary `item`).
         windows_hours: lengths of the popularity windows.
+        co_occurrence: with what an item's events come together.
+        ordered_ids: item ids are numbers, and near ones are alike (given by category, or by shelf):
+            how far a history's items are from the candidate is a feature then.
     """
 
     streams: tuple[tuple[str, str], ...]
     windows_hours: tuple[int, ...]
+    co_occurrence: CoOccurrence | None = None
+    ordered_ids: bool = False
 
     def __post_init__(self) -> None:
         check(

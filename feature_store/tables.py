@@ -115,6 +115,21 @@ def dense_column(name: str) -> str:
     return f"dense__{name}"
 
 
+def beside_column(name: str) -> str:
+    """The values of an attribute that come beside an item in an hour, in `item_aggregates`."""
+    return f"beside__{name}"
+
+
+def before_column(name: str, lags: int) -> str:
+    """The values of an attribute among the `lags` events before an item's, in `item_aggregates`."""
+    return f"before_{lags}__{name}"
+
+
+def counts_column(column: str) -> str:
+    """How often each of the values in `column` does."""
+    return f"{column}__counts"
+
+
 def label_column(name: str) -> str:
     """A given label in `impressions`; no feature reads a column of this prefix."""
     return f"label__{name}"
@@ -164,6 +179,19 @@ def _targets(dataset: Dataset) -> list[pa.Field]:
         ]
     columns += [_packed(history_end_column(s.name), pa.int32()) for s in dataset.streams]
     return columns
+
+
+def co_occurrence_columns(dataset: Dataset) -> dict[str, Attribute]:
+    """Columns of `item_aggregates` that hold values, beside first, and the attribute of each."""
+    found: dict[str, Attribute] = {}
+    if dataset.item_features is not None and dataset.item_features.co_occurrence is not None:
+        pairs = dataset.item_features.co_occurrence
+        stream = dataset.stream(pairs.stream)
+        found |= {beside_column(n): stream.attribute(n) for n in pairs.beside}
+        found |= {
+            before_column(n, lags): stream.attribute(n) for n in pairs.before for lags in pairs.lags
+        }
+    return found
 
 
 def contracts(dataset: Dataset) -> dict[str, Table]:
@@ -274,10 +302,13 @@ def contracts(dataset: Dataset) -> dict[str, Table]:
     ]
     if dataset.item_features is not None:
         counts = [_required(f"events__{s}", pa.int64()) for s, _ in dataset.item_features.streams]
+        for name, attribute in co_occurrence_columns(dataset).items():
+            counts.append(_packed(name, value_type(attribute)))
+            counts.append(_packed(counts_column(name), pa.int32()))
         tables.append(
             Table(
                 name="item_aggregates",
-                grain="one item x hour (by availability): events per stream",
+                grain="one item x hour (by availability): events per stream, and what they come together with",
                 key=("item_id", "hour"),
                 schema=pa.schema(
                     [

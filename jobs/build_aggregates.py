@@ -215,9 +215,12 @@ def run(context: JobContext) -> None:
     inputs = {}
     events = read(context, "events", [ds], inputs)
     earlier = item_features.load(context, shift(ds, -1), inputs)
-    publish(
-        context, "item_aggregates", item_features.transform(events, earlier, dataset, ds), inputs
-    )
+    if dataset.item_features.co_occurrence is None:
+        sequences = context.lake.frame(context.spark, "sequences", [])
+    else:
+        sequences = read(context, "sequences", [ds], inputs)
+    found = item_features.transform(events, earlier, sequences, dataset, ds)
+    publish(context, "item_aggregates", found, inputs)
 
 
 if __name__ == "__main__":

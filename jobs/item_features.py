@@ -6,15 +6,24 @@ targets of one hour, so that they are computed once per (item, hour) that is ask
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from feature_store.days import HOUR_US, shift, start_us
-from feature_store.spec import Dataset
-from feature_store.tables import contract, item_feature_column
-from jobs.frames import conform, days_from, hour_of, is_id, read, spark_type
+from feature_store.spec import Dataset, IdType
+from feature_store.tables import (
+    before_column,
+    co_occurrence_columns,
+    contract,
+    counts_column,
+    history_column,
+    item_feature_column,
+)
+from jobs.frames import conform, days_from, empty, hour_of, is_id, read, spark_type, values
 
 if TYPE_CHECKING:
     from jobs.context import JobContext
@@ -22,13 +31,17 @@ if TYPE_CHECKING:
 SEEN_DAYS = 30  # how long an item is remembered that nobody touches
 
 
-def transform(events: DataFrame, earlier: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
+def transform(
+    events: DataFrame, earlier: DataFrame, sequences: DataFrame, dataset: Dataset, ds: str
+) -> DataFrame:
     """Events on each item by the hour in which they became available, and when it was first seen.
 
     Args:
         events: partition `ds` of `events`.
         earlier: partitions of `item_aggregates` of the `SEEN_DAYS` days before `ds`. An item keeps
             its `first_seen` as long as somebody touches it every so many days.
+        sequences: partition `ds` of `sequences`, from which co-occurrence is counted: of a user's
+            events of the day the last `max_events`.
     """
     assert dataset.item_features is not None
     streams = dataset.item_features.streams
@@ -52,7 +65,83 @@ def transform(events: DataFrame, earlier: DataFrame, dataset: Dataset, ds: str) 
         hours.select("item_id", "seen")
     )
     first = seen.groupBy("item_id").agg(F.min("seen").alias("first_seen"))
-    return conform(hours.join(first, "item_id"), contract(dataset, "item_aggregates"), ds)
+    found = hours.join(first, "item_id")
+    together = co_occurrence_columns(dataset)
+    if together:
+        found = found.join(_together(sequences, dataset, ds), ["item_id", "hour"], "left")
+        kinds = {f.name: spark_type(f.type) for f in contract(dataset, "item_aggregates").schema}
+        packed = [c for name in together for c in (name, counts_column(name))]
+        found = found.select(
+            "item_id", "hour", *(f"events__{s}" for s in dict(streams)), "first_seen",
+            *(F.coalesce(F.col(n), empty(kinds[n])).alias(n) for n in packed),
+        )  # fmt: skip
+    return conform(found, contract(dataset, "item_aggregates"), ds)
+
+
+def _together(sequences: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
+    """Per (item_id, hour) of the day: the co-occurrence columns, values in ascending order."""
+    assert dataset.item_features is not None
+    pairs = dataset.item_features.co_occurrence
+    assert pairs is not None
+    stream = dataset.stream(pairs.stream)
+    table = contract(dataset, "item_aggregates")
+
+    def held(name: str) -> Column:
+        return F.col(history_column(pairs.stream, name))
+
+    index = F.col("index")  # of the event in its history, from 0
+    named = {pairs.attribute: "item_id"} | {n: f"own__{n}" for n in pairs.beside}
+    new = sequences.select(
+        *(history_column(pairs.stream, n) for n in {*named, *pairs.before}),
+        F.posexplode(held("available_time")).alias("index", "available_time"),
+    ).where(F.col("available_time") >= start_us(ds, dataset.utc_offset))
+    new = new.select(
+        hour_of(F.col("available_time")).alias("hour"),
+        *(F.get(held(n), index).alias(alias) for n, alias in named.items()),
+        *(
+            F.slice(
+                held(n), F.greatest(index - lags, F.lit(0)) + 1, F.least(index, F.lit(lags))
+            ).alias(before_column(n, lags))
+            for n, lags in product(pairs.before, pairs.lags)
+        ),
+    ).where(is_id(F.col("item_id"), dataset.item_id_type))
+
+    def entry(kind: int, name: str, value: Column) -> Column:
+        """A pair; whole numbers and texts in columns of their own, so that all kinds are one array."""
+        id_type = stream.attribute(name).id_type
+        other = stream.attribute(name).vocabulary == "item"
+        good = is_id(value, id_type) & (value != F.col("item_id") if other else F.lit(True))
+        whole = id_type is IdType.INT64
+        number = value if whole else F.lit(None).cast("bigint")
+        text = F.lit(None).cast("string") if whole else value
+        pair = F.struct(F.lit(kind).alias("kind"), number.alias("number"), text.alias("text"))
+        return F.when(good, pair)
+
+    entries = F.array(*(entry(k, n, F.col(f"own__{n}")) for k, n in enumerate(pairs.beside)))
+    for k, (name, lags) in enumerate(product(pairs.before, pairs.lags), start=len(pairs.beside)):
+        one = partial(entry, k, name)
+        entries = F.concat(entries, F.transform(before_column(name, lags), one))
+    counted = (
+        new.select(
+            "item_id", "hour", F.explode(F.filter(entries, lambda e: e.isNotNull())).alias("e")
+        )
+        .select("item_id", "hour", "e.*")
+        .groupBy("item_id", "hour", "kind", "number", "text")
+        .agg(F.count(F.lit(1)).cast("int").alias("count"))
+    )
+    pair = F.struct("number", "text", "count")
+    by_kind = [
+        F.sort_array(F.collect_list(F.when(F.col("kind") == k, pair))).alias(f"pairs__{k}")
+        for k in range(len(co_occurrence_columns(dataset)))
+    ]
+    packed = counted.groupBy("item_id", "hour").agg(*by_kind)
+    columns = []
+    for k, (column, attribute) in enumerate(co_occurrence_columns(dataset).items()):
+        field = "number" if attribute.id_type is IdType.INT64 else "text"
+        columns.append(values(F.col(f"pairs__{k}"), field).alias(column))
+        columns.append(values(F.col(f"pairs__{k}"), "count").alias(counts_column(column)))
+    kind = spark_type(table.schema.field("item_id").type)
+    return packed.select(F.col("item_id").cast(kind).alias("item_id"), "hour", *columns)
 
 
 def asked(targets: DataFrame, item_aggregates: DataFrame, dataset: Dataset, ds: str) -> DataFrame:

@@ -208,6 +208,7 @@ class UpstreamDay:
             learner = self.learner()
         else:
             fresh = learner.load((self.parents or checkpoints).load(parent.id))
+            learner.keep_parent()
         seed = seed_of("train", self.dataset.name, self.model, ds)
 
         def batches(epoch: int, skip: int) -> Any:
@@ -261,7 +262,10 @@ class UpstreamDay:
     def gate(
         self, learner: Learner, candidate: Snapshot, champion: Snapshot | None
     ) -> dict[str, Any]:
-        """Whether the candidate may publish: NE and embedding drift on the held-out users."""
+        """Whether the candidate may publish: NE and embedding drift on the held-out users.
+
+        A model of one domain is judged by the labels of that domain.
+        """
         from jobs.training.judge import decide, drift, task_metrics
         from jobs.training.loop import embeddings_of, score
 
@@ -274,6 +278,8 @@ class UpstreamDay:
                 continue
             learner.load(self.checkpoints.load(snapshot.id))
             scored = score(self.dataset, learner, self._rows("held_out", limits=limits), limits)
+            if learner.domain is not None:
+                scored = scored.where(scored.domain == learner.domain)
             sides[side] = task_metrics(self.dataset, scored, rates, domains=False)
             decoded = self._rows("held_out", limits=limits)
             embeddings[side] = embeddings_of(learner, decoded, limits)[1]

@@ -63,7 +63,10 @@ class Batch:
         time, as_of: (T,) int64.
         item_id: (T,) int64.
         context_ids, context_floats: context feature -> (T,) int64, (T,) float32.
-        item_features: (T, F) float32, in the order of `dataset.item_features.names`.
+        item_features: (T, F) float32, in the order of `FeaturePlan.item_numbers`.
+        pair_numbers: (P, C) float32 in the order of `FeaturePlan.pair_numbers`, P the sum of
+            `history_end`: what is known of each target and each event that it sees, target by
+            target, events in order.
         has_aggregates: (R,) float32; 0 where every user feature below is missing.
         user_ids: user attribute -> (R,) int64.
         sparse: sparse feature -> `Sparse`.
@@ -88,6 +91,7 @@ class Batch:
     context_ids: dict[str, Tensor]
     context_floats: dict[str, Tensor]
     item_features: Tensor
+    pair_numbers: Tensor
     has_aggregates: Tensor
     user_ids: dict[str, Tensor]
     sparse: dict[str, Sparse]

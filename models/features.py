@@ -58,6 +58,8 @@ class FeaturePlan:
         event_ids, event_numbers, event_vectors: attributes of the events (vectors with their dim).
         candidates: categorical features of a target; ITEM first, where any kind of target has one.
         context_numbers, item_numbers: numeric features of a target.
+        pair_numbers: numeric features of a target and an event that it sees.
+        ordered_items: near item ids are alike.
         user_ids, bags, user_numbers: features of a user: attributes, sparse, dense.
         matches: pairs of a candidate and an event attribute of the same vocabulary.
         bag_matches: pairs of a candidate and a sparse feature of the same vocabulary.
@@ -73,6 +75,8 @@ class FeaturePlan:
     candidates: tuple[Category, ...]
     context_numbers: tuple[str, ...]
     item_numbers: tuple[str, ...]
+    pair_numbers: tuple[str, ...]
+    ordered_items: bool
     user_ids: tuple[Category, ...]
     bags: tuple[Bag, ...]
     user_numbers: tuple[str, ...]
@@ -102,6 +106,13 @@ def feature_plan(dataset: Dataset) -> FeaturePlan:
         )
         for s in dataset.sparse_features
     )
+    items = dataset.item_features
+    together = None if items is None else items.co_occurrence
+    beside: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    if together is not None:
+        beside = tuple(f"beside_{n}{what}" for n in together.beside for what in ("", "_lift"))
+        before = pair_number_names(dataset)
     return FeaturePlan(
         streams=tuple(s.name for s in dataset.streams),
         target_kinds=tuple(t.name for t in dataset.targets),
@@ -113,7 +124,9 @@ def feature_plan(dataset: Dataset) -> FeaturePlan:
         ),
         candidates=candidates,
         context_numbers=_named(dataset.context_features, Kind.NUMERIC),
-        item_numbers=dataset.item_features.names if dataset.item_features is not None else (),
+        item_numbers=() if items is None else (*items.names, *beside),
+        pair_numbers=before,
+        ordered_items=items is not None and items.ordered_ids,
         user_ids=tuple(
             Category(
                 name=u.name, vocabulary=dataset.stream(u.stream).attribute(u.attribute).vocabulary
@@ -137,6 +150,20 @@ def feature_plan(dataset: Dataset) -> FeaturePlan:
         utc_offset_us=dataset.utc_offset // _ONE_US,
         serve_delay_us=dataset.serve_delay // _ONE_US,
     )
+
+
+def pair_number_names(dataset: Dataset) -> tuple[str, ...]:
+    """What is known of a target's item and a value before it, in the order of `Batch.pair_numbers`."""
+    pairs = None if dataset.item_features is None else dataset.item_features.co_occurrence
+    if pairs is None:
+        return ()
+    names: list[str] = []
+    for name in pairs.before:
+        for lags in pairs.lags:
+            names += [f"{name}_{lags}{what}" for what in ("", "_lift", "_seen")]
+        if dataset.stream(pairs.stream).attribute(name).vocabulary == ITEM:
+            names.append(f"{name}_after")  # the other way round: the value came after the item
+    return tuple(names)
 
 
 def _categories(attributes: tuple[Attribute, ...]) -> tuple[Category, ...]:

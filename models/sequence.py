@@ -15,6 +15,7 @@ Pooling is O(M N) and not O(N N). Engineering at Meta, "Sequence learning", 2024
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,12 @@ from models.history import (
 )
 from models.numbers import Standardise
 from models.outputs import Outputs
+from models.pairs import PairEncoder
 from models.tables import TableConfig, Tables
 from models.towers import MixTower, TargetEncoder, TowerConfig, mlp
+
+if TYPE_CHECKING:
+    from models.hybrid import UserSide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,7 @@ class SequenceConfig:
         layers: causal self-attention layers under the pooling; 0 is the base, O(M N).
         encoder: what kind of layer.
         matches: give the interaction the exact counts of `models.history` too.
+        pairs: relate the candidate to each event by `models.pairs`, inside the attention and beside it.
         mix, user_mix: the interaction modules over the M, and over the K embeddings.
     """
 
@@ -65,6 +71,7 @@ class SequenceConfig:
     layers: int = 0
     encoder: Encoder = Encoder.SOFTMAX
     matches: bool = True
+    pairs: bool = True
     mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(6,)))
     user_mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,)))
 
@@ -105,6 +112,7 @@ class AttentionPooling(nn.Module):
         q_offsets: Tensor,
         end: Tensor,
         at: Tensor,
+        pair_bias: Tensor | None = None,
     ) -> Tensor:
         """Pool.
 
@@ -114,6 +122,7 @@ class AttentionPooling(nn.Module):
             q_offsets: (R+1,) int64, the queries of each row.
             end: (Q,) int64, events of its row that a query sees.
             at: (Q,) int64 microseconds, now as the query sees it.
+            pair_bias: (P, H M) float, head-major, added to the score of each query and visible event.
 
         Returns:
             (Q, M, D).
@@ -128,6 +137,7 @@ class AttentionPooling(nn.Module):
             kv_offsets=batch.event_offsets,
             kv_end=end,
             recency=self.recency(at, batch.event_time),
+            pair_bias=pair_bias,
             null=Null(self.null[0], self.null[1]),
         )
         # (Q, H M, d) -> (Q, M, H d)
@@ -141,17 +151,26 @@ class Sequence(nn.Module):
     Args:
         plan: the features.
         config: its shape.
+        user_side: what of the nightly user features joins the mix tower (`models.hybrid`).
         device: where it lives; fused tables cannot move later.
     """
 
     def __init__(
-        self, plan: FeaturePlan, config: SequenceConfig, *, device: torch.device | str = "cpu"
+        self,
+        plan: FeaturePlan,
+        config: SequenceConfig,
+        *,
+        user_side: UserSide | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.plan, self.config = plan, config
         dim, width = config.dim, config.width
-        features = (*plan.event_ids, *plan.candidates)
-        self.tables = Tables((f.vocabulary for f in features), config=config.tables, device=device)
+        self.user_side = user_side
+        vocabularies = [f.vocabulary for f in (*plan.event_ids, *plan.candidates)]
+        if user_side is not None:
+            vocabularies += user_side.vocabularies
+        self.tables = Tables(vocabularies, config=config.tables, device=device)
         self.event = EventEncoder(plan, dim, width)
         self.layers = nn.ModuleList(
             layer(config.encoder, width, config.head_dim) for _ in range(config.layers)
@@ -162,11 +181,15 @@ class Sequence(nn.Module):
         self.pooling = AttentionPooling(width, dim, **sizes)
         inputs = (self.target.n_tokens + 1) * dim
         self.query = mlp(inputs, 2 * width, self.pooling.query_width)
+        self.pairs = PairEncoder(plan, heads=config.heads * config.queries) if config.pairs else None
+        if self.pairs is not None:
+            self.related = nn.Linear(self.pairs.width, dim)
         numbers = 2 * len(plan.streams) + match_width(plan) if config.matches else 0
         self.history = Standardise(numbers)
         self.history_dense = mlp(numbers, 64, dim) if config.matches else None
+        mixed = self.target.n_tokens + config.queries + config.matches + config.pairs
         self.mix_tower = MixTower(
-            self.target.n_tokens + config.queries + config.matches,
+            mixed + (0 if user_side is None else user_side.n_tokens),
             dim,
             len(plan.tasks),
             config=config.mix,
@@ -187,10 +210,17 @@ class Sequence(nn.Module):
 
     def forward(self, batch: Batch) -> Outputs:
         """Logits of the M embeddings and of the K published ones, (T, n_tasks) each."""
-        lookups = self.event.lookups(batch)
-        embeddings = self.tables([*lookups, *self.target.lookups(batch)])
-        events = self._encode(batch, embeddings[: len(lookups)])
-        tokens, dense = self.target(batch, embeddings[len(lookups) :])
+        lookups, of_targets = self.event.lookups(batch), self.target.lookups(batch)
+        of_users = [] if self.user_side is None else self.user_side.lookups(batch)
+        embeddings = self.tables([*lookups, *of_targets, *of_users])
+        first, last = len(lookups), len(lookups) + len(of_targets)
+        events = self._encode(batch, embeddings[:first])
+        tokens, dense = self.target(batch, embeddings[first:last])
+        pairs = target_pairs(batch)
+        mixed, bias = [tokens], None
+        if self.pairs is not None:
+            bias, related = self.pairs(batch, pairs)
+            mixed.append(self.related(related)[:, None])
         pooled = self.pooling(
             events,
             self.query(torch.cat([tokens.flatten(1), dense], dim=1)),
@@ -198,21 +228,23 @@ class Sequence(nn.Module):
             q_offsets=batch.target_offsets,
             end=batch.history_end,
             at=batch.as_of,
+            pair_bias=bias,
         )
-        mixed = [tokens, pooled]
+        mixed.append(pooled)
         if self.history_dense is not None:
-            pairs = target_pairs(batch)
             exact = [
                 stream_numbers(batch, pairs, batch.as_of, self.plan),
                 match_numbers(batch, pairs, self.plan),
             ]
             mixed.append(self.history_dense(self.history(torch.cat(exact, dim=1)))[:, None])
+        if self.user_side is not None:
+            mixed.append(self.user_side(batch, embeddings[last:]))
         logits = self.mix_tower(torch.cat(mixed, dim=1), dense)
         users = self._users(batch, events, *served_prefix(batch, self.plan))
         expanded = users.flatten(1).index_select(0, batch.row_of_target)
         expanded = expanded.unflatten(1, users.shape[1:])
         user_logits = self.user_mix_tower(torch.cat([tokens, expanded], dim=1), dense)
-        return Outputs(logits, user_logits)
+        return Outputs(logits, user_logits, users)
 
     def user_embeddings(self, batch: Batch, end: Tensor, at: Tensor) -> Tensor:
         """The K embeddings of each row's user at an instant. Reads no target.

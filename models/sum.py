@@ -126,17 +126,22 @@ class Sum(nn.Module):
         return self._mix(batch, self.tables(self.target.lookups(batch)), user_embeddings)
 
     def forward(self, batch: Batch) -> Outputs:
-        """Logits (T, n_tasks); they come from the published embeddings, so there are no others."""
+        """Logits (T, n_tasks) and the embeddings that they come from: there are no other logits."""
         lookups = self.user.lookups(batch)
         embeddings = self.tables([*lookups, *self.target.lookups(batch)])
         users = self._user(batch, embeddings[: len(lookups)])
-        return Outputs(self._mix(batch, embeddings[len(lookups) :], users))
+        logits = self._mix(batch, embeddings[len(lookups) :], users)
+        return Outputs(logits, user_logits=None, users=users)
 
     def _user(self, batch: Batch, embeddings: list[Tensor]) -> Tensor:
         return self.user_tower(*self.user(batch, embeddings))
 
     def _mix(self, batch: Batch, embeddings: list[Tensor], users: Tensor) -> Tensor:
         tokens, dense = self.target(batch, embeddings)
-        expanded = users.flatten(1).index_select(0, batch.row_of_target)
-        expanded = expanded.unflatten(1, users.shape[1:])
-        return self.mix_tower(torch.cat([tokens, expanded], dim=1), dense)
+        return self.mix_tower(torch.cat([tokens, of_targets(batch, users)], dim=1), dense)
+
+
+def of_targets(batch: Batch, users: Tensor) -> Tensor:
+    """Each target's user's embeddings: (R, K, D) -> (T, K, D)."""
+    expanded = users.flatten(1).index_select(0, batch.row_of_target)
+    return expanded.unflatten(1, users.shape[1:])

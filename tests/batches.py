@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from feature_store.days import DAY_US, HOUR_US
 from feature_store.spec import Attribute, Dataset, Kind
 from models.batch import Batch, Sparse
+from models.features import feature_plan
 
 NOON_US = 19_800 * DAY_US + 12 * HOUR_US
 
@@ -94,7 +95,7 @@ def random_batch(
         scores = (draw.below(9, total) + 1).float() if s.scored else None
         sparse[s.name] = Sparse(draw.below(ids, total), _offsets(lengths), scores)
     context = dataset.context_features
-    features = () if dataset.item_features is None else dataset.item_features.names
+    plan = feature_plan(dataset)
     return Batch(
         user_id=torch.arange(rows),
         row_of_target=target_row,
@@ -112,7 +113,8 @@ def random_batch(
         item_id=draw.ids(t),
         context_ids={c.name: draw.ids(t) for c in context if c.kind is Kind.CATEGORICAL},
         context_floats={c.name: draw.numbers(t) for c in context if c.kind is Kind.NUMERIC},
-        item_features=draw.numbers(t, len(features)),
+        item_features=draw.numbers(t, len(plan.item_numbers)),
+        pair_numbers=draw.numbers(int(seen.sum()), len(plan.pair_numbers)),
         has_aggregates=torch.ones(rows),
         user_ids={u.name: draw.ids(rows) for u in dataset.user_attributes},
         sparse=sparse,

@@ -23,6 +23,9 @@ from jobs.settings import EngineChoice, Settings
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+# as trainings have it; threads that spin beside other processes make small steps ten times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU
 

@@ -196,10 +196,38 @@ def item_aggregates(events: dict[str, list[Row]], dataset: Dataset, ds: str) -> 
                         key, {f"events__{s}": 0 for s, _ in dataset.item_features.streams}
                     )
                     row[f"events__{stream}"] += 1
-    return [
-        {"item_id": item, "hour": hour, **counts, "first_seen": seen[item], "ds": ds}
-        for (item, hour), counts in rows.items()
-    ]
+    for (item, hour), row in rows.items():
+        row |= {"item_id": item, "hour": hour, "first_seen": seen[item], "ds": ds}
+        row |= co_occurrences(events, dataset, ds, item, hour)
+    return list(rows.values())
+
+
+def co_occurrences(
+    events: dict[str, list[Row]], dataset: Dataset, ds: str, item: object, hour: int
+) -> Row:
+    """The co-occurrence columns of one row of `item_aggregates`."""
+    pairs = dataset.item_features.co_occurrence
+    found: dict[str, dict] = {f"beside__{n}": {} for n in pairs.beside}
+    found |= {f"before_{lags}__{n}": {} for n in pairs.before for lags in pairs.lags}
+    for streams in states(events, dataset, ds).values():
+        held = streams[pairs.stream]
+        for i, e in enumerate(held):
+            if e["ds"] != ds or e[pairs.attribute] != item:
+                continue
+            if e["available_time"] // HOUR_US != hour:
+                continue
+            values = [(f"beside__{n}", e[n]) for n in pairs.beside]
+            for lags in pairs.lags:
+                earlier = held[max(i - lags, 0) : i]
+                values += [(f"before_{lags}__{n}", b[n]) for n in pairs.before for b in earlier]
+            for column, value in values:
+                if is_id(value) and (not column.endswith("__article") or value != item):
+                    found[column][value] = found[column].get(value, 0) + 1
+    row: Row = {}
+    for column, counts in found.items():
+        row[column] = sorted(counts)
+        row[f"{column}__counts"] = [counts[v] for v in sorted(counts)]
+    return row
 
 
 def examples(

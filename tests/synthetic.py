@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pyarrow as pa
 
@@ -16,6 +17,7 @@ from feature_store.days import DAY_US, HOUR_US, day_range, end_us, shift, start_
 from feature_store.spec import (
     Aggregate,
     Attribute,
+    CoOccurrence,
     Dataset,
     DenseFeature,
     EventStream,
@@ -62,7 +64,14 @@ def dataset(*, user_id_type: IdType = IdType.INT64, name: str = "synthetic") -> 
             DenseFeature(name="likes_1d", stream="likes", aggregate=Aggregate.COUNT, window_days=1),
             DenseFeature(name="likes_2d", stream="likes", aggregate=Aggregate.COUNT, window_days=2),
         ),
-        item_features=ItemFeatures(streams=(("clicks", "ad"),), windows_hours=(24,)),
+        item_features=ItemFeatures(
+            streams=(("clicks", "ad"),),
+            windows_hours=(24,),
+            co_occurrence=CoOccurrence(
+                stream="clicks", attribute="ad", beside=("category",), before=("ad", "category")
+            ),
+            ordered_ids=True,
+        ),
         domain="surface",
         tasks=(
             Task(name="click", label=GivenLabel(column="clicked"), targets=("impression",)),
@@ -72,24 +81,50 @@ def dataset(*, user_id_type: IdType = IdType.INT64, name: str = "synthetic") -> 
     )  # fmt: skip
 
 
+_TABLES = ("examples", "labels", "aggregates", "sequences", "impressions", "item_aggregates")
+
+
 def tables(
     spec: Dataset, *, days: int, users: int, seed: int = 0, categories: int = 4, ads: int = 24
 ) -> dict[str, dict[str, pa.Table]]:
-    """examples, labels, aggregates, sequences and impressions of `days` days: table -> ds -> rows."""
+    """What a loader reads, and impressions, of `days` days: table -> ds -> rows."""
     rng = random.Random(seed)
     last = shift(FIRST_DAY, days - 1)
     out: dict[str, dict[str, list[dict]]] = {
-        t: {d: [] for d in day_range(FIRST_DAY, last)}
-        for t in ("examples", "labels", "aggregates", "sequences", "impressions")
+        t: {d: [] for d in day_range(FIRST_DAY, last)} for t in _TABLES
     }
     next_target = iter(range(1, 10**9))
     for number in range(users):
         user = number if spec.user_id_type is IdType.INT64 else f"user-{number}"
         _one_user(spec, user, rng, days, categories, ads, next_target, out)
+    for ds, rows in out["item_aggregates"].items():
+        rows += _item_aggregates(spec, ds, rng, categories, ads)
     return {
         table: {d: pa.Table.from_pylist(rows, schema=contract(spec, table).schema) for d, rows in by.items()}
         for table, by in out.items()
     }  # fmt: skip
+
+
+def _item_aggregates(spec, ds, rng, categories, ads) -> list[dict]:
+    """Counts of every third ad and hour, made up: whatever they are, lookups have to find them."""
+    first = start_us(ds, spec.utc_offset)
+    rows = []
+    for ad in range(ads):
+        for hour in range(first // HOUR_US, first // HOUR_US + 24):
+            if rng.random() < 0.7:
+                continue
+            row = {"item_id": ad, "hour": hour, "events__clicks": 3, "first_seen": first, "ds": ds}
+            for column, values in (
+                ("beside__category", categories),
+                ("before_1__ad", ads),
+                ("before_20__ad", ads),
+                ("before_1__category", categories),
+                ("before_20__category", categories),
+            ):
+                row[column] = sorted(rng.sample(range(values), rng.randrange(4)))
+                row[f"{column}__counts"] = [rng.randrange(1, 9) for _ in row[column]]
+            rows.append(row)
+    return rows
 
 
 def _one_user(spec, user, rng, days, categories, ads, next_target, out) -> None:
@@ -254,8 +289,12 @@ class MemoryLake:
     def require(self, table: str, days: list[str], model: str = "") -> dict[str, int]:
         return {f"{table}/{d}": 1 for d in days if self.rows[table][d] is not None}
 
+    def partitions(self, table: str, model: str = "") -> dict[str, SimpleNamespace]:
+        return {d: SimpleNamespace(version=1) for d in self.rows[table]}
+
     def read(self, table, *, days, columns=None, version=None, model=None) -> pa.Table:
-        found = pa.concat_tables([self.rows[table][d] for d in days])
+        nothing = contract(self.dataset, table).schema.empty_table()
+        found = pa.concat_tables([nothing, *(self.rows[table][d] for d in days)])
         return found if columns is None else found.select(columns)
 
     def batches(

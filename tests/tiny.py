@@ -18,6 +18,7 @@ from feature_store.days import HOUR_US, day_of, day_range, end_us, micros, start
 from feature_store.spec import (
     Aggregate,
     Attribute,
+    CoOccurrence,
     Dataset,
     DenseFeature,
     EventLabel,
@@ -119,7 +120,11 @@ TINY = Dataset(
         DenseFeature(name="last_click", stream="click", aggregate=Aggregate.RECENCY, window_days=2),
     ),
     item_features=ItemFeatures(
-        streams=(("click", "article"), ("view", "article")), windows_hours=(2, 30)
+        streams=(("click", "article"), ("view", "article")),
+        windows_hours=(2, 30),
+        co_occurrence=CoOccurrence(
+            stream="click", attribute="article", before=("article", "query"), lags=(1, 2)
+        ),
     ),
     domain="place",
 )

@@ -12,6 +12,7 @@ from datetime import timedelta
 from feature_store.spec import (
     Aggregate,
     Attribute,
+    CoOccurrence,
     Dataset,
     DenseFeature,
     EventLabel,
@@ -190,7 +191,15 @@ DATASET = Dataset(
     sparse_features=_sparse(),
     dense_features=_dense(),
     item_features=ItemFeatures(
-        streams=(("clicks", "article_id"),), windows_hours=(1, 3, 6, 24, 72)
+        streams=(("clicks", "article_id"),),
+        windows_hours=(1, 3, 6, 24, 72),
+        co_occurrence=CoOccurrence(
+            stream="clicks",
+            attribute="article_id",
+            beside=("region", "os", "device", "session_position"),
+            before=("article_id",),
+        ),
+        ordered_ids=True,
     ),
     domain="device",
     serve_delay=timedelta(hours=1),

@@ -6,12 +6,25 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import StrEnum
 from typing import Any, TypeVar
 
-from feature_store.errors import DataError
+from feature_store.errors import DataError, SpecError
 from jobs.training.loader import Limits
 
 T = TypeVar("T")
+
+
+class Shift(StrEnum):
+    """What, beside average pooling, keeps a day's embeddings near the parent snapshot's.
+
+    Formulas are in `models/loss.py`. Either costs a forward pass of the parent per batch, and the
+    memory of a second model.
+    """
+
+    NONE = "none"
+    REGULARISE = "regularise"  # the distance between the two models' user embeddings
+    DISTIL = "distil"  # cross-entropy against the parent's predictions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +36,10 @@ class TrainingConfig:
         learning_rate: of Adam, on everything but the embedding tables (theirs is the model's).
         max_grad_norm: gradients of the same are clipped to it.
         task_weights: (task, weight in the loss); 1 where a task is not named.
+        domain: value of the dataset's domain feature (a string, where its ids are) whose targets'
+            labels are trained on; None: all. Everything else is still scored.
+        shift, shift_weight: the term of the loss that looks back at the parent, and its weight. A
+            model's first day has no parent, and no such term.
         threads: of torch on a CPU. Part of the configuration, as sums depend on it in the last bit.
         checkpoint_every_s: seconds between checkpoints to resume from.
         limits: of the batches trained on.
@@ -33,10 +50,23 @@ class TrainingConfig:
     learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
     task_weights: tuple[tuple[str, float], ...] = ()
+    domain: int | str | None = None
+    shift: Shift = Shift.NONE
+    shift_weight: float = 1.0
     threads: int = 1
     checkpoint_every_s: float = 300.0
     limits: Limits = field(default_factory=lambda: Limits(max_targets=512))
     inference: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.shift not in tuple(Shift):
+            raise SpecError(
+                f"TrainingConfig.shift is {self.shift!r}: known are {', '.join(Shift)}; name one"
+            )
+        if self.shift_weight < 0:
+            raise SpecError(
+                f"TrainingConfig.shift_weight is {self.shift_weight}: a weight is 0 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_store.days import shift
+from feature_store.ledger import pin
 from feature_store.spec import Dataset
+from jobs.training.co_occurrence import CoOccurrences, days_read, declared
 from jobs.training.ids import held_out, int64_ids, mix
 from jobs.training.labels import Labels
 from jobs.training.rows import Rows, columns_of, decode
@@ -62,11 +64,13 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """The rows shown on one day, with the labels of theirs that are asked for."""
+    """The rows shown on one day, with the labels of theirs that are asked for, and what was counted
+    about pairs of items by then."""
 
     ds: str
     version: int
     labels: Labels
+    together: CoOccurrences | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +122,25 @@ def labelled_day(
         key = f"examples/{day}"
         used[key] = lake.require("examples", [day])[key] if inputs is None else inputs[key]
         shown.append(Shown(ds=day, version=used[key], labels=labels))
+    together = _co_occurrences(lake, dataset, [s.ds for s in shown], inputs)
+    if together is not None:
+        used |= {pin("item_aggregates", d): version for d, version in together.versions.items()}
+        shown = [replace(s, together=together) for s in shown]
     return LabelledDay(ds=ds, shown=tuple(shown), inputs=used)
+
+
+def _co_occurrences(
+    lake: Lake, dataset: Dataset, shown: Sequence[str], inputs: dict[str, int] | None
+) -> CoOccurrences | None:
+    if declared(dataset) is None:
+        return None
+    if inputs is None:
+        known = {day: found.version for day, found in lake.partitions("item_aggregates").items()}
+    else:
+        prefix = pin("item_aggregates", "")
+        known = {k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)}
+    days = days_read(dataset, list(known), shown)
+    return CoOccurrences(lake, dataset, {day: known[day] for day in days})
 
 
 def labelled_batches(
@@ -235,7 +257,8 @@ def _decoded(
     key = ids if seed is None else mix(mix(ids, seed).view(np.int64) ^ (part << 8) ^ day, seed)
     order = np.lexsort((part, day, ids, key))
     table = table.take(pa.array(order))
-    rows = decode(dataset, table)
+    # every day's counts are in each of them, and what a target may see of them follows from its as_of
+    rows = replace(decode(dataset, table), together=shown[0].together)
     labels = rows.labels
     day, ids, part = day[order], ids[order], part[order]
     lengths = np.diff(rows.target_offsets)

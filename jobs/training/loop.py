@@ -9,21 +9,45 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from feature_store.spec import Dataset
+from feature_store.errors import SpecError
+from feature_store.spec import Dataset, IdType, Kind
 from feature_store.tables import NO_LABEL
+from jobs.training.config import Shift
+from jobs.training.ids import int64_ids
 from jobs.training.loader import Limits, cuts
 from jobs.training.presets import Preset
 from jobs.training.rows import Rows
 from models.batch import Batch
-from models.loss import multi_task_loss
+from models.loss import distillation, embedding_shift, multi_task_loss
+from models.outputs import Outputs
 
 
 def choose_device() -> torch.device:
     """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def domain_id(dataset: Dataset, value: int | str) -> int:
+    """`value` of the dataset's domain feature as batches hold it: a string is hashed as ids are.
+
+    Raises:
+        SpecError: the dataset has no domain feature, or one of other values.
+    """
+    feature = next((c for c in dataset.context_features if c.name == dataset.domain), None)
+    if feature is None or feature.kind is not Kind.CATEGORICAL:
+        raise SpecError(
+            f"TrainingConfig.domain is {value!r}: Dataset({dataset.name}).domain is {dataset.domain!r}, "
+            "name a categorical context feature there"
+        )
+    if isinstance(value, str) != (feature.id_type is IdType.STRING):
+        raise SpecError(
+            f"TrainingConfig.domain is {value!r}: ids of {feature.name} are {feature.id_type}; give one"
+        )
+    return int(int64_ids(pa.array([value]))[0])
 
 
 class Learner:
@@ -33,12 +57,18 @@ class Learner:
         dataset: the spec.
         preset: which model, and how it is trained. Its first weights come from torch's generator.
         device: where the model lives.
+
+    Raises:
+        SpecError: the preset trains on a domain that the dataset cannot have.
     """
 
     def __init__(self, dataset: Dataset, preset: Preset, device: torch.device) -> None:
+        self.dataset = dataset
         self.preset = preset
         self.config = preset.training
         self.device = device
+        domain = self.config.domain
+        self.domain = None if domain is None else domain_id(dataset, domain)
         self.model = model = preset.build(dataset, device)
         weights = dict(self.config.task_weights)
         self.task_weights = torch.tensor([weights.get(t.name, 1.0) for t in dataset.tasks]).to(
@@ -47,6 +77,19 @@ class Learner:
         fused = {id(p) for p in model.tables.parameters()}
         self.dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
         self.adam = torch.optim.Adam(list(self.dense.values()), lr=self.config.learning_rate)
+        self.parent: nn.Module | None = None
+
+    def keep_parent(self) -> None:
+        """The weights as they are now are the parent's, for the rest of the day's training.
+
+        Without a shift term nothing is kept.
+        """
+        if self.config.shift == Shift.NONE:
+            return
+        # not a deep copy: the fused tables cannot be copied, only built
+        parent = self.preset.build(self.dataset, self.device).eval().requires_grad_(False)
+        parent.load_state_dict(self.model.state_dict())
+        self.parent = parent
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.device.type == "cuda":
@@ -54,22 +97,47 @@ class Learner:
         return nullcontext()  # CPUs without AMX run bf16 an order of magnitude slower
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of both optimizers; the losses, detached, by name."""
+        """One step of both optimizers.
+
+        Returns:
+            per_task (n_tasks,) float32, mean logloss; counts and positives (n_tasks,) int64, of the
+            labels trained on.
+        """
         self.model.train()
         batch = batch.to(self.device, non_blocking=True)
+        labels = self._labels(batch)
         self.adam.zero_grad(set_to_none=True)
         with self._precision():
             found = self.model(batch)
-        loss = multi_task_loss(found.logits, batch.labels, self.task_weights)
+        loss = multi_task_loss(found.logits, labels, self.task_weights)
         total = loss.total
         if found.user_logits is not None:
-            total = (
-                total + multi_task_loss(found.user_logits, batch.labels, self.task_weights).total
-            )
+            total = total + multi_task_loss(found.user_logits, labels, self.task_weights).total
+        if self.parent is not None:
+            shift = self._shift(self.parent, batch, labels, found)
+            total = total + self.config.shift_weight * shift
         total.backward()
         nn.utils.clip_grad_norm_(list(self.dense.values()), self.config.max_grad_norm)
         self.adam.step()
-        return {"per_task": loss.per_task, "counts": loss.counts}
+        positives = (labels == 1).sum(0)
+        return {"per_task": loss.per_task, "counts": loss.counts, "positives": positives}
+
+    def _labels(self, batch: Batch) -> Tensor:
+        """(T, n_tasks): the labels, but for those of other domains than the one trained on."""
+        if self.domain is None:
+            return batch.labels
+        mine = batch.context_ids[str(self.dataset.domain)] == self.domain
+        return torch.where(mine[:, None], batch.labels, NO_LABEL)
+
+    def _shift(self, parent: nn.Module, batch: Batch, labels: Tensor, found: Outputs) -> Tensor:
+        """() float32: how far `found` is from what the parent says of the batch."""
+        if self.config.shift == Shift.REGULARISE:
+            with torch.no_grad(), self._precision():
+                users = self.preset.embed(parent, batch)
+            return embedding_shift(found.users, users)
+        with torch.no_grad(), self._precision():
+            before = parent(batch)
+        return distillation(found, before, labels, self.task_weights)
 
     @torch.no_grad()
     def probabilities(self, batch: Batch) -> Tensor:
@@ -156,7 +224,7 @@ def train(
     """Train on every epoch's batches, from the start or from where a run was interrupted.
 
     Args:
-        learner: with the parent's state loaded.
+        learner: with the parent's state loaded, and kept where there is a parent.
         batches: (epoch, batches to skip) -> the rest of the epoch, in a fixed order.
         seed: of torch; a resumed run continues with the generators' recorded state instead.
         restored: what `checkpoint` was given last.
@@ -197,7 +265,7 @@ def _count(done: Progress, batch: Batch, found: Mapping[str, Tensor]) -> None:
     if not done.labels:
         done.labels, done.loss_sum = [0] * len(counts), [0.0] * len(counts)
         done.positives = [0] * len(counts)
-    positives = (batch.labels == 1).sum(0).tolist()
+    positives = found["positives"].tolist()
     done.positives = [a + b for a, b in zip(done.positives, positives, strict=True)]
     done.labels = [a + b for a, b in zip(done.labels, counts, strict=True)]
     done.loss_sum = [a + b for a, b in zip(done.loss_sum, sums, strict=True)]

@@ -6,19 +6,20 @@ dataset's `models`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from feature_store.errors import SpecError
 from feature_store.spec import Dataset
-from jobs.training.config import GateConfig, TrainingConfig
+from jobs.training.config import GateConfig, Shift, TrainingConfig
 from jobs.training.loader import Limits
 from models.features import feature_plan
+from models.hybrid import Hybrid, HybridConfig
 from models.sequence import Sequence, SequenceConfig, served_prefix
 from models.sum import Sum, SumConfig
 from models.tables import TableConfig
@@ -32,6 +33,7 @@ class Architecture(StrEnum):
 
     SUM = "sum"
     SEQUENCE = "sequence"
+    HYBRID = "hybrid"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,29 +42,30 @@ class Preset:
 
     Args:
         architecture: which module.
-        sum, sequence: shape of it; the other's is not used.
+        sum, sequence, hybrid: shape of it; the others' are not used.
         training, gate: how it is trained and judged.
     """
 
     architecture: Architecture
     sum: SumConfig | None = None
     sequence: SequenceConfig | None = None
+    hybrid: HybridConfig | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
 
     @property
     def history(self) -> bool:
         """Whether the model reads event histories."""
-        return self.architecture == Architecture.SEQUENCE
+        return self.architecture != Architecture.SUM
 
     @property
     def user_features(self) -> bool:
         """Whether the model reads the nightly user features."""
-        return self.architecture == Architecture.SUM
+        return self.architecture != Architecture.SEQUENCE
 
     @property
     def user_table(self) -> str:
-        """The table that its user embeddings are published from."""
+        """The one table that its user embeddings are published from (the hybrid's read events only)."""
         return "sequences" if self.history else "aggregates"
 
     def build(self, dataset: Dataset, device: torch.device) -> nn.Module:
@@ -70,6 +73,8 @@ class Preset:
         plan = feature_plan(dataset)
         if self.architecture == Architecture.SUM:
             return Sum(plan, self.sum or SumConfig(), device=device)
+        if self.architecture == Architecture.HYBRID:
+            return Hybrid(plan, self.hybrid or HybridConfig(), device=device)
         return Sequence(plan, self.sequence or SequenceConfig(), device=device)
 
     def embed(self, model: nn.Module, batch: Batch, at: int | None = None) -> Tensor:
@@ -104,7 +109,14 @@ def _sequence() -> Preset:
     )
 
 
-def _on_globo(base: Callable[[], Preset]) -> Callable[[], Preset]:
+def _hybrid() -> Preset:
+    return Preset(architecture=Architecture.HYBRID, hybrid=HybridConfig(tables=_small_tables()))
+
+
+Factory = Callable[[], Preset]
+
+
+def _on_globo(base: Factory) -> Factory:
     def build() -> Preset:
         found = base()
         tables = TableConfig(dim=32, default_rows=2**12, item_rows=2**17)
@@ -112,16 +124,48 @@ def _on_globo(base: Callable[[], Preset]) -> Callable[[], Preset]:
             found,
             sum=found.sum and replace(found.sum, tables=tables),
             sequence=found.sequence and replace(found.sequence, tables=tables),
+            hybrid=found.hybrid and replace(found.hybrid, tables=tables),
             training=TrainingConfig(limits=Limits(max_targets=2048, max_events=32_768)),
         )
 
     return build
 
 
-_BY_NAME: dict[str, Callable[[], Preset]] = {"sum": _sum, "sequence": _sequence}
-_BY_DATASET: dict[tuple[str, str], Callable[[], Preset]] = {
-    ("globo", "sum"): _on_globo(_sum),
-    ("globo", "sequence"): _on_globo(_sequence),
+def _trained(base: Factory, **changes: Any) -> Factory:
+    """The same model with `changes` to its TrainingConfig."""
+
+    def build() -> Preset:
+        found = base()
+        return replace(found, training=replace(found.training, **changes))
+
+    return build
+
+
+def _by_shift(bases: Mapping[str, Factory]) -> dict[str, Factory]:
+    """Each model with each answer to embedding shift: `sum_regularise`, `sum_distil`, ..."""
+    return {
+        f"{name}_{shift}": _trained(base, shift=shift)
+        for name, base in bases.items()
+        for shift in (Shift.REGULARISE, Shift.DISTIL)
+    }
+
+
+def _by_domain(base: Factory, feature: str, values: Iterable[int]) -> dict[str, Factory]:
+    """A SUM for each domain: `sum_<domain feature>_<value>`, trained on that domain's targets."""
+    return {f"sum_{feature}_{value}": _trained(base, domain=value) for value in values}
+
+
+_USUAL: dict[str, Factory] = {"sum": _sum, "sequence": _sequence, "hybrid": _hybrid}
+_GLOBO: dict[str, Factory] = {name: _on_globo(base) for name, base in _USUAL.items()}
+
+_BY_NAME: dict[str, Factory] = {**_USUAL, **_by_shift(_USUAL)}
+_BY_DATASET: dict[str, dict[str, Factory]] = {
+    "simulated": _by_domain(_sum, "surface", (0, 1)),  # feed, stories
+    "globo": {
+        **_GLOBO,
+        **_by_shift(_GLOBO),
+        **_by_domain(_GLOBO["sum"], "device", (1, 3)),  # nearly all clicks come from these two
+    },
 }
 
 
@@ -131,10 +175,10 @@ def preset(dataset: Dataset, model: str) -> Preset:
     Raises:
         SpecError: no configuration has that name.
     """
-    found = _BY_DATASET.get((dataset.name, model)) or _BY_NAME.get(model)
-    if found is None:
+    known = _BY_NAME | _BY_DATASET.get(dataset.name, {})
+    if model not in known:
         raise SpecError(
             f"Dataset({dataset.name}).models has {model!r}, which has no configuration: known are "
-            f"{', '.join(_BY_NAME)}; add one to jobs/training/presets.py"
+            f"{', '.join(known)}; add one to jobs/training/presets.py"
         )
-    return found()
+    return known[model]()

@@ -157,7 +157,9 @@ def test_running_a_day_again_changes_nothing_and_moves_no_alias_back(settings, m
     assert {r.info.status for r in runs} == {"FINISHED"}
     newest = next(r for r in runs if r.data.tags["ds"] == DAYS[-1])
     read = {d.dataset.name for d in newest.inputs.dataset_inputs}
-    assert read == {f"labels/{DAYS[-1]}", f"examples/{DAYS[-1]}", f"examples/{DAYS[-2]}"}
+    reach = SPEC.item_features.co_occurrence.window_days + 2  # two days shown and those before them
+    items = {f"item_aggregates/{day}" for day in DAYS[-reach:]}
+    assert read == items | {f"labels/{DAYS[-1]}"} | {f"examples/{day}" for day in DAYS[-2:]}
     assert (
         newest.data.metrics["click_live_ne"]
         == _result(settings, model, DAYS[-1])["evaluation"]["click"]["ne"]

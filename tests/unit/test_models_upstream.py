@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from feature_store.spec import Dataset
 from feature_store.tables import NO_LABEL
 from models.batch import Batch, Sparse
+from models.encoders import Encoder, layer
+from models.event import event_positions
 from models.features import feature_plan
 from models.loss import multi_task_loss
 from models.sequence import Sequence, SequenceConfig, served_prefix
@@ -172,6 +174,20 @@ def test_events_after_a_target_do_not_move_its_logits_by_a_bit(layers: int, enco
     )
     assert torch.equal(model(batch).logits, model(other).logits)
     assert torch.equal(model(batch).user_logits, model(other).user_logits)
+
+
+def test_the_position_bias_of_a_layer_counts_back_from_the_event_itself() -> None:
+    batch = random_batch(TINY, rows=10)
+    softmax = layer(Encoder.SOFTMAX, 8, 4)
+    q, k, v = torch.randn(3, batch.events, 8)
+    with torch.no_grad():
+        softmax.position_bias[1:] = -1e9
+        torch.testing.assert_close(softmax.attend(q, k, v, batch), v)
+        softmax.position_bias[1] = 1e9  # the event before, where there is one
+        attended = softmax.attend(q, k, v, batch)
+    later = event_positions(batch) > 0
+    torch.testing.assert_close(attended[later], v.roll(1, 0)[later])
+    torch.testing.assert_close(attended[~later], v[~later])
 
 
 def test_published_embeddings_see_the_prefix_and_nothing_after_it() -> None:

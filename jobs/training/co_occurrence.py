@@ -1,0 +1,272 @@
+"""With what items come together, as it was known at a moment: `item_aggregates` held for lookups.
+
+The table counts by (item, value, hour). An index holds the days that a training reads as two sorted
+arrays, keys (pair, hour) and running totals of the counts, so that the events of a pair between two
+hours are a difference of two binary searches. Keys are hashes of 48 bits beside 16 bits of hour: of
+ten million pairs one lookup in thirty million meets another pair's count.
+
+Of an item a and a value b, of the pairs in `[start of the day of as_of - window_days, hour of as_of)`:
+
+    together = log(1 + n(a, b))
+    lift     = log((1 + n(a, b)) / (1 + n(a) n(b) / n))       0 where nothing is known
+    seen     = log(1 + n(b))
+    after    = log(1 + n(b, a))                               of items alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_store.days import DAY_US, HOUR_US, micros, shift, start_us
+from feature_store.spec import CoOccurrence, Dataset
+from feature_store.tables import MISSING_ID, before_column, beside_column, counts_column
+from jobs.training.ids import int64_ids, mix
+from models.features import ITEM, pair_number_names
+
+if TYPE_CHECKING:
+    from feature_store.lake import Lake
+
+NUMBERS = 3  # together, lift, seen
+_HOUR_BITS = 16
+
+
+class _Counter:
+    """Counts by key and hour, for differences of running totals.
+
+    Args:
+        keys: (n,) uint64, any order, any number of times.
+        hours: (n,) int64, 0 up to 2^16 - 1.
+        counts: (n,) int64.
+    """
+
+    def __init__(self, keys: np.ndarray, hours: np.ndarray, counts: np.ndarray) -> None:
+        whole = _with_hour(keys, hours)
+        order = np.argsort(whole)
+        sums = np.cumsum(counts[order])
+        whole = whole[order]
+        last = np.flatnonzero(np.append(whole[1:] != whole[:-1], len(whole) > 0))
+        self.keys, self.totals = whole[last], np.concatenate([[0], sums[last]])
+
+    def between(self, keys: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """(m,) int64 counts of `keys` (m,) in hours `first` up to, not with, `end`, (m,) each."""
+        # searched in order, neighbours share cache lines: several times faster than as they come
+        order = np.argsort(keys)
+        keys, first, end = keys[order], first[order], end[order]
+        low = np.searchsorted(self.keys, _with_hour(keys, first))
+        high = np.searchsorted(self.keys, _with_hour(keys, end))
+        found = np.empty(len(keys), np.int64)
+        found[order] = self.totals[high] - self.totals[low]
+        return found
+
+
+def _with_hour(keys: np.ndarray, hours: np.ndarray) -> np.ndarray:
+    shift = np.uint64(_HOUR_BITS)
+    return (keys >> shift << shift) | hours.astype(np.uint64)
+
+
+def _pair(items: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return mix(mix(items, 1).view(np.int64) ^ values, 2)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The counts of one column: n(a, b), n(a), n(b) and n."""
+
+    pairs: _Counter
+    items: _Counter
+    values: _Counter
+    all: _Counter
+
+    def numbers(
+        self, items: np.ndarray, values: np.ndarray, hours: np.ndarray, of: np.ndarray
+    ) -> np.ndarray:
+        """Of m pairs (m, NUMBERS) float32; zeros where an id is missing.
+
+        Args:
+            items: (T,) int64, of targets.
+            values: (m,) int64.
+            hours: (2, T) int64, from when up to when each target looks.
+            of: (m,) int64, each pair's target.
+        """
+        first, end = hours
+        item = self.items.between(mix(items, 1), first, end)
+        share = item / np.maximum(self.all.between(np.zeros(len(items), np.uint64), first, end), 1)
+        first, end, items = first[of], end[of], items[of]
+        both = self.pairs.between(_pair(items, values), first, end)
+        value = self.values.between(mix(values, 2), first, end)
+        found = np.empty((len(values), NUMBERS), np.float32)
+        found[:, 0] = np.log1p(both)
+        found[:, 1] = np.log((1 + both) / (1 + share[of] * value))
+        found[:, 2] = np.log1p(value)
+        found[(items == MISSING_ID) | (values == MISSING_ID)] = 0.0
+        return found
+
+
+@dataclass(frozen=True)
+class CoOccurrences:
+    """What `item_aggregates` of some days knows about pairs.
+
+    Args:
+        lake: where the table is.
+        dataset: the spec, with co-occurrence.
+        versions: day -> version of the partitions to read; days that are not in it count nothing.
+    """
+
+    lake: Lake
+    dataset: Dataset
+    versions: dict[str, int]
+
+    @cached_property
+    def _first_hour(self) -> int:
+        return (
+            start_us(min(self.versions, default="1970-01-01"), self.dataset.utc_offset) // HOUR_US
+        )
+
+    @cached_property
+    def _indices(self) -> dict[str, _Index]:
+        return {}
+
+    def numbers(
+        self,
+        column: str,
+        items: np.ndarray,
+        as_of: np.ndarray,
+        values: np.ndarray,
+        of: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """What was known of pairs of a target's item and a value at the target's moment.
+
+        Args:
+            column: of `item_aggregates`.
+            items: (T,) int64 ids of targets, strings hashed.
+            as_of: (T,) int64 microseconds.
+            values: (m,) int64 ids.
+            of: (m,) int64, each pair's target; None: m = T, one each.
+
+        Returns:
+            (m, NUMBERS) float32: together, lift, seen.
+        """
+        index, hours = self._asked(column, as_of)
+        of = np.arange(len(items)) if of is None else of
+        return index.numbers(items, values, hours, of)
+
+    def after(
+        self, column: str, items: np.ndarray, as_of: np.ndarray, values: np.ndarray, of: np.ndarray
+    ) -> np.ndarray:
+        """(m,) float32: log(1 + n(b, a)), how often the value, an item too, came after the target's."""
+        index, hours = self._asked(column, as_of)
+        first, end = hours
+        both = index.pairs.between(_pair(values, items[of]), first[of], end[of])
+        both[(items[of] == MISSING_ID) | (values == MISSING_ID)] = 0
+        return np.log1p(both).astype(np.float32)
+
+    def _asked(self, column: str, as_of: np.ndarray) -> tuple[_Index, np.ndarray]:
+        """The column's index, and (2, T) the hours from which and up to which targets look."""
+        pairs = declared(self.dataset)
+        assert pairs is not None
+        if column not in self._indices:
+            self._indices[column] = self._load(column)
+        day = as_of - (as_of + micros(self.dataset.utc_offset)) % DAY_US
+        moments = np.stack([day - pairs.window_days * DAY_US, as_of])
+        return self._indices[column], np.maximum(moments // HOUR_US - self._first_hour, 0)
+
+    def _load(self, column: str) -> _Index:
+        names = ["item_id", "hour", column, counts_column(column)]
+        days = list(self.versions)
+        pins = {f"item_aggregates/{day}": version for day, version in self.versions.items()}
+        table = self.lake.read("item_aggregates", days=days, columns=names, version=pins)
+        lists = table[column].combine_chunks()
+        sizes = pc.fill_null(lists.value_lengths(), 0).to_numpy()  # null: before the column was
+        items = np.repeat(int64_ids(_whole(table["item_id"])), sizes)
+        hours = np.repeat(_whole(table["hour"]).to_numpy() - self._first_hour, sizes)
+        values = int64_ids(lists.flatten())
+        counts = _whole(table[counts_column(column)]).flatten().to_numpy().astype(np.int64)
+        whole = np.bincount(hours, counts).astype(np.int64)
+        return _Index(
+            pairs=_Counter(_pair(items, values), hours, counts),
+            items=_Counter(mix(items, 1), hours, counts),
+            values=_Counter(mix(values, 2), hours, counts),
+            all=_Counter(np.zeros(len(whole), np.uint64), np.arange(len(whole)), whole),
+        )
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else column.combine_chunks()
+
+
+def declared(dataset: Dataset) -> CoOccurrence | None:
+    """The spec's co-occurrence, if it has any."""
+    return None if dataset.item_features is None else dataset.item_features.co_occurrence
+
+
+def days_read(dataset: Dataset, known: Sequence[str], shown: Sequence[str]) -> list[str]:
+    """Which of the days `known` the targets of the days `shown` look at."""
+    pairs = declared(dataset)
+    if pairs is None or not shown:
+        return []
+    first = shift(min(shown), -pairs.window_days)
+    return [day for day in sorted(known) if first <= day <= max(shown)]
+
+
+def beside_numbers(
+    dataset: Dataset,
+    together: CoOccurrences | None,
+    items: np.ndarray,
+    as_of: np.ndarray,
+    context: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """How targets' items go with their own context: (T, 2 x beside) float32, together and lift.
+
+    Args:
+        together: None counts nothing.
+        items, as_of: (T,) int64.
+        context: context feature -> (T,) int64.
+    """
+    pairs = declared(dataset)
+    names = () if pairs is None else pairs.beside
+    found = np.zeros((len(items), 2 * len(names)), np.float32)
+    if together is not None:
+        for i, name in enumerate(names):
+            numbers = together.numbers(beside_column(name), items, as_of, context[name])
+            found[:, 2 * i : 2 * i + 2] = numbers[:, :2]
+    return found
+
+
+def before_numbers(
+    dataset: Dataset,
+    together: CoOccurrences | None,
+    items: np.ndarray,
+    as_of: np.ndarray,
+    events: Mapping[str, np.ndarray],
+    of: np.ndarray,
+) -> np.ndarray:
+    """How targets' items go with the events that they see, (P, C) float32 of P pairs.
+
+    Columns are those of `models.features.pair_number_names`.
+
+    Args:
+        together: None counts nothing.
+        items, as_of: (T,) int64.
+        events: attribute -> (P,) int64, of each pair's event.
+        of: (P,) int64, each pair's target.
+    """
+    names = pair_number_names(dataset)
+    pairs = declared(dataset)
+    if together is None or pairs is None:
+        return np.zeros((len(of), len(names)), np.float32)
+    found = []
+    for name in pairs.before:
+        for lags in pairs.lags:
+            column = before_column(name, lags)
+            found.append(together.numbers(column, items, as_of, events[name], of))
+        if dataset.stream(pairs.stream).attribute(name).vocabulary == ITEM:
+            column = before_column(name, max(pairs.lags))
+            found.append(together.after(column, items, as_of, events[name], of)[:, None])
+    return np.concatenate(found, axis=1) if found else np.zeros((len(of), 0), np.float32)

@@ -1,0 +1,144 @@
+"""A model of one domain: only that domain's labels move it, and every domain is still scored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from feature_store import datasets
+from feature_store.errors import SpecError
+from feature_store.spec import Attribute, Dataset, IdType
+from feature_store.tables import NO_LABEL
+from jobs.training.checkpoints import state_hash
+from jobs.training.config import Shift, TrainingConfig
+from jobs.training.ids import int64_ids
+from jobs.training.loop import Learner, domain_id, train
+from jobs.training.presets import Architecture, Preset, preset
+from models.batch import Batch
+from models.hybrid import HybridConfig
+from models.sequence import SequenceConfig
+from models.sum import SumConfig
+from models.tables import TableConfig
+from tests.batches import random_batch
+from tests.synthetic import dataset
+
+SPEC = dataset()
+TABLES = TableConfig(dim=8, default_rows=64, item_rows=128)
+
+
+def learner_of(domain: int | str | None, *, model: str = "sum", **training: Any) -> Learner:
+    torch.set_num_threads(1)  # as training does
+    torch.manual_seed(0)
+    chosen = Preset(
+        architecture=Architecture(model),
+        sum=SumConfig(tables=TABLES, dense_tokens=2),
+        sequence=SequenceConfig(tables=TABLES, width=16, head_dim=8),
+        hybrid=HybridConfig(tables=TABLES, width=16, head_dim=8, dense_tokens=2),
+        training=TrainingConfig(domain=domain, **training),
+    )
+    return Learner(SPEC, chosen, torch.device("cpu"))
+
+
+def day(*, flip: int | None = None) -> list[Batch]:
+    """Batches of two domains; the labels of one of them upside down."""
+    found = []
+    for seed in range(4):
+        batch = random_batch(SPEC, rows=10, seed=seed)
+        surface = torch.arange(batch.targets) % 2
+        labels = batch.labels
+        if flip is not None:
+            labels = torch.where((surface == flip)[:, None], 1 - labels, labels)
+        context = {**batch.context_ids, "surface": surface}
+        found.append(replace(batch, context_ids=context, labels=labels))
+    return found
+
+
+def trained(learner: Learner, batches: list[Batch]) -> str:
+    train(learner, lambda epoch, skip: iter(batches[skip:]), seed=3)
+    return state_hash(learner.weights())
+
+
+@pytest.mark.parametrize("model", ["sum", "sequence", "hybrid"])
+def test_only_the_domains_labels_move_weights(model: str) -> None:
+    usual = trained(learner_of(1, model=model), day())
+    assert trained(learner_of(1, model=model), day(flip=0)) == usual
+    assert trained(learner_of(1, model=model), day(flip=1)) != usual
+    assert trained(learner_of(None, model=model), day()) != usual
+    assert trained(learner_of(None, model=model), day(flip=0)) != trained(
+        learner_of(None, model=model), day()
+    )
+
+
+def test_distillation_looks_at_the_domains_targets_only() -> None:
+    def weights(flip: int | None) -> str:
+        learner = learner_of(1, shift=Shift.DISTIL)
+        learner.step(day()[0])
+        learner.keep_parent()
+        return trained(learner, day(flip=flip))
+
+    assert weights(None) == weights(0) != weights(1)
+
+
+def test_labels_and_base_rates_are_the_domains() -> None:
+    batches = day()
+    done = train(learner_of(1), lambda epoch, skip: iter(batches[skip:]), seed=3)
+    mine = torch.cat([b.labels[b.context_ids["surface"] == 1] for b in batches])
+    assert (mine != NO_LABEL).all()
+    assert done.labels == [len(mine)] * 2
+    assert done.positives == (mine == 1).sum(0).tolist()
+    assert done.targets > len(mine)
+
+
+def test_every_domain_is_scored() -> None:
+    learner, batch = learner_of(1), day()[0]
+    assert learner.probabilities(batch).shape == (batch.targets, 2)
+    assert (batch.labels != NO_LABEL).all()  # the batch itself is left as it is
+
+
+def with_strings() -> Dataset:
+    place = Attribute(name="surface", id_type=IdType.STRING)
+    (target,) = SPEC.targets
+    context = tuple(place if c.name == "surface" else c for c in target.context)
+    return replace(SPEC, targets=(replace(target, context=context),))
+
+
+def test_a_string_is_hashed_as_ids_are() -> None:
+    assert domain_id(with_strings(), "feed") == int64_ids(pa.array(["feed"]))[0]
+    assert domain_id(SPEC, 1) == 1
+    assert learner_of(0).domain == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "value", "says"),
+    [
+        (replace(SPEC, domain=None), 1, "Dataset.synthetic..domain is None"),
+        (replace(SPEC, domain="price"), 1, "name a categorical context feature"),
+        (SPEC, "feed", "ids of surface are int64"),
+        (with_strings(), 1, "ids of surface are string"),
+    ],
+)
+def test_a_domain_that_cannot_be_is_refused(spec: Dataset, value: int | str, says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        domain_id(spec, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "value"),
+    [
+        ("simulated", "sum_surface_0", 0),
+        ("simulated", "sum_surface_1", 1),
+        ("globo", "sum_device_1", 1),
+        ("globo", "sum_device_3", 3),
+    ],
+)
+def test_the_domains_of_our_datasets_have_a_sum_each(name: str, model: str, value: int) -> None:
+    spec = datasets.get(name)
+    chosen, usual = preset(spec, model), preset(spec, "sum")
+    assert model.split("_")[1] == spec.domain
+    assert domain_id(spec, chosen.training.domain) == value
+    assert replace(chosen, training=usual.training) == usual
+    assert replace(spec, models=("sum", model)).models[1] == model

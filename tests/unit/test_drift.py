@@ -1,0 +1,259 @@
+"""What keeps embeddings near the parent snapshot's: the terms of the loss, and the training with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from feature_store.errors import SpecError
+from feature_store.tables import NO_LABEL
+from jobs.training.checkpoints import state_hash
+from jobs.training.config import Shift, TrainingConfig, from_plain, to_plain
+from jobs.training.loop import Learner, train
+from jobs.training.presets import Architecture, Preset, preset
+from models.batch import Batch
+from models.hybrid import HybridConfig
+from models.loss import distillation, embedding_shift, multi_task_loss
+from models.outputs import Outputs
+from models.sequence import SequenceConfig
+from models.sum import SumConfig
+from models.tables import TableConfig
+from tests.batches import random_batch
+from tests.synthetic import dataset
+
+SPEC = dataset()
+TABLES = TableConfig(dim=8, default_rows=64, item_rows=128)
+MODELS = ("sum", "sequence", "hybrid")
+SHIFTS = (Shift.REGULARISE, Shift.DISTIL)
+PARENT = random_batch(SPEC, rows=24, seed=1)
+DAY = [random_batch(SPEC, rows=12, seed=s) for s in range(2, 12)]
+
+
+def small(model: str, **training: Any) -> Preset:
+    return Preset(
+        architecture=Architecture(model),
+        sum=SumConfig(tables=TABLES, dense_tokens=2),
+        sequence=SequenceConfig(tables=TABLES, width=16, head_dim=8),
+        hybrid=HybridConfig(tables=TABLES, width=16, head_dim=8, dense_tokens=2),
+        training=TrainingConfig(checkpoint_every_s=0.0, epochs=2, **training),
+    )
+
+
+def fresh(model: str, **training: Any) -> Learner:
+    torch.set_num_threads(1)  # as training does
+    torch.manual_seed(0)
+    return Learner(SPEC, small(model, **training), torch.device("cpu"))
+
+
+def parent_state(model: str) -> dict[str, Any]:
+    """A parent that has been trained a little."""
+    learner = fresh(model)
+    for _ in range(5):
+        learner.step(PARENT)
+    return learner.state()
+
+
+def started(model: str, **training: Any) -> Learner:
+    """A learner at the start of a day that has a parent."""
+    learner = fresh(model, **training)
+    learner.load(parent_state(model))
+    learner.keep_parent()
+    return learner
+
+
+def batches(epoch: int, skip: int) -> Iterator[Batch]:
+    yield from (DAY if epoch == 0 else DAY[::-1])[skip:]
+
+
+def all_positive(epoch: int, skip: int) -> Iterator[Batch]:
+    """A day that says something else than the parent's did."""
+    for batch in batches(epoch, skip):
+        yield replace(batch, labels=torch.ones_like(batch.labels))
+
+
+def embeddings(learner: Learner) -> Tensor:
+    return torch.cat([learner.user_embeddings(b) for b in DAY])
+
+
+# ---- terms of the loss
+
+
+def test_embedding_shift_is_the_mean_squared_distance() -> None:
+    users = torch.randn(5, 2, 3, requires_grad=True)
+    before = torch.randn(5, 2, 3, requires_grad=True)
+    term = embedding_shift(users, before)
+    distances = [(u - b).square().sum() / 6 for u, b in zip(users, before, strict=True)]
+    torch.testing.assert_close(term, torch.stack(distances).mean())
+    term.backward()
+    assert users.grad is not None and before.grad is None
+    assert embedding_shift(users[:0], before[:0]) == 0
+
+
+def test_distillation_pulls_to_the_parents_probability_where_there_is_a_label() -> None:
+    logits = torch.tensor([[0.0, 2.0], [1.0, -1.0]], requires_grad=True)
+    before = torch.tensor([[0.5, -3.0], [1.0, 0.0]])
+    labels = torch.tensor([[1, NO_LABEL], [0, 0]], dtype=torch.int32)
+    users = torch.zeros(1, 2, 3)
+    now, then = Outputs(logits, None, users), Outputs(before, None, users)
+    distillation(now, then, labels, torch.tensor([3.0, 1.0])).backward()
+    off = torch.sigmoid(logits.detach()) - torch.sigmoid(before)
+    want = torch.tensor([[3.0 / 2, 0.0], [3.0 / 2, 1.0]]) * off
+    torch.testing.assert_close(logits.grad, want)  # not a word of whether the label was 0 or 1
+
+
+def test_distillation_covers_both_kinds_of_logits() -> None:
+    logits, labels = torch.randn(4, 2), torch.ones(4, 2, dtype=torch.int32)
+    users, ones = torch.zeros(1, 2, 3), torch.ones(2)
+    one = distillation(Outputs(logits, None, users), Outputs(logits, None, users), labels, ones)
+    two = Outputs(logits, logits, users)
+    torch.testing.assert_close(distillation(two, two, labels, ones), 2 * one)
+    soft = multi_task_loss(logits, labels, answers=torch.sigmoid(logits)).total
+    torch.testing.assert_close(one, soft)
+
+
+# ---- training with them
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_embeddings_of_the_loss_are_the_ones_that_are_served(model: str) -> None:
+    learner = fresh(model)
+    learner.model.eval()
+    torch.testing.assert_close(learner.model(PARENT).users, learner.user_embeddings(PARENT))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_large_weight_holds_the_embeddings(model: str) -> None:
+    moved = {}
+    for name, training in {
+        "free": {},
+        "held": {"shift": Shift.REGULARISE, "shift_weight": 100.0},
+    }.items():
+        learner = started(model, **training)
+        before = embeddings(learner)
+        train(learner, all_positive, seed=3)
+        moved[name] = (embeddings(learner) - before).norm() / before.norm()
+    assert moved["held"] < 0.3 * moved["free"], moved
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_large_weight_of_distillation_holds_the_predictions(model: str) -> None:
+    moved = {}
+    for name, training in {
+        "free": {},
+        "held": {"shift": Shift.DISTIL, "shift_weight": 100.0},
+    }.items():
+        learner = started(model, **training)
+        before = torch.cat([learner.probabilities(b) for b in DAY])
+        train(learner, all_positive, seed=3)
+        after = torch.cat([learner.probabilities(b) for b in DAY])
+        moved[name] = (after - before).abs().mean()
+    assert moved["held"] < 0.3 * moved["free"], moved
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_the_parent_stays_as_it_was(shift: Shift) -> None:
+    learner = started("hybrid", shift=shift)
+    assert learner.parent is not None
+    before = state_hash(learner.parent.state_dict())
+    assert before == state_hash(learner.weights())
+    train(learner, batches, seed=3)
+    assert state_hash(learner.parent.state_dict()) == before != state_hash(learner.weights())
+    assert not learner.parent.training
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_first_day_has_no_such_term(model: str, shift: Shift) -> None:
+    found = []
+    for training in ({}, {"shift": shift}):
+        learner = fresh(model, **training)
+        assert learner.parent is None
+        train(learner, batches, seed=3)
+        found.append(state_hash(learner.weights()))
+    assert found[0] == found[1]
+
+
+def test_without_a_shift_term_no_parent_is_kept() -> None:
+    assert started("sum").parent is None
+
+
+@pytest.mark.parametrize("shift", [Shift.NONE, *SHIFTS])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_resumed_training_looks_back_at_the_parent_and_gives_the_same_bits(
+    model: str, shift: Shift
+) -> None:
+    whole = started(model, shift=shift)
+    done = train(whole, batches, seed=3)
+    saved: list[Any] = []
+
+    def dies(state: dict[str, Any]) -> None:
+        if state["progress"]["steps"] == 13:
+            saved.append(_copy(state))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(started(model, shift=shift), batches, seed=3, checkpoint=dies)
+    again = started(model, shift=shift)
+    resumed = train(again, batches, seed=3, restored=saved[0])
+    assert state_hash(again.weights()) == state_hash(whole.weights())
+    assert (resumed.steps, resumed.resumed) == (done.steps, 1) == (2 * len(DAY), 1)
+    assert resumed.loss_sum == done.loss_sum
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def test_a_feature_that_the_parent_lacks_looks_back_at_its_first_values() -> None:
+    """After a spec has grown: the parent is what the day starts from, new weights included."""
+    learner = fresh("sum", shift=Shift.REGULARISE)
+    state = parent_state("sum")
+    name = "user_tower.norm.weight"
+    state["weights"] = {k: v for k, v in state["weights"].items() if k != name}
+    with torch.no_grad():
+        learner.weights()[name].fill_(0.5)
+    assert learner.load(state) == [name]
+    learner.keep_parent()
+    assert learner.parent is not None
+    assert (learner.parent.state_dict()[name] == 0.5).all()
+
+
+# ---- configuration
+
+
+@pytest.mark.parametrize("model", ["hybrid", "sum_regularise", "sequence_distil", "hybrid_distil"])
+def test_a_variant_survives_being_recorded(model: str) -> None:
+    original = preset(SPEC, model)
+    assert original.training.shift == model.partition("_")[2] or model == "hybrid"
+    assert from_plain(Preset, json.loads(json.dumps(to_plain(original)))) == original
+
+
+def test_a_snapshot_from_before_these_options_still_loads() -> None:
+    plain = to_plain(preset(SPEC, "sum"))
+    del plain["hybrid"]
+    for name in ("domain", "shift", "shift_weight"):
+        del plain["training"][name]
+    assert from_plain(Preset, plain) == preset(SPEC, "sum")
+
+
+def test_an_unknown_answer_is_refused() -> None:
+    with pytest.raises(SpecError, match="known are none, regularise, distil"):
+        TrainingConfig(shift="freeze")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="0 or more"):
+        TrainingConfig(shift_weight=-1.0)
+
+
+def test_progress_of_a_step_counts_labels_and_positives() -> None:
+    learner = fresh("sum")
+    done = train(learner, lambda e, s: iter(DAY[:2][s:]) if e == 0 else iter(()), seed=3)
+    labels = torch.cat([b.labels for b in DAY[:2]])
+    assert done.labels == [len(labels)] * 2
+    assert done.positives == (labels == 1).sum(0).tolist()
