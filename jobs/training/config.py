@@ -34,6 +34,8 @@ class TrainingConfig:
     Args:
         epochs: passes over the day. One: single-id embeddings overfit when they see a label twice.
         learning_rate: of Adam, on everything but the embedding tables (theirs is the model's).
+        average: decay of the moving average of the weights per step; 0: none. The average is what is
+            scored and published, and training goes on from the weights themselves.
         max_grad_norm: gradients of the same are clipped to it.
         task_weights: (task, weight in the loss); 1 where a task is not named.
         domain: value of the dataset's domain feature (a string, where its ids are) whose targets'
@@ -48,6 +50,7 @@ class TrainingConfig:
 
     epochs: int = 1
     learning_rate: float = 2e-3
+    average: float = 0.99
     max_grad_norm: float = 1.0
     task_weights: tuple[tuple[str, float], ...] = ()
     domain: int | str | None = None

@@ -12,6 +12,7 @@ import torch
 
 from feature_store.embeddings import UserEmbeddings
 from feature_store.spec import Dataset, Task
+from jobs.training.average import Average
 from jobs.training.ids import int64_ids
 from jobs.training.judge import metrics_of
 from jobs.training.loader import Limits, cuts
@@ -54,6 +55,7 @@ class DownstreamTraining:
         epochs: passes.
         batch_targets: targets of a batch.
         learning_rate: of Adam; the tables have theirs.
+        average: decay of the moving average of the weights, as upstream.
         bootstrap_samples: of the intervals.
         importance_targets: test targets that permutation importance is measured on.
         threads: of torch on a CPU.
@@ -66,6 +68,7 @@ class DownstreamTraining:
     epochs: int = 1
     batch_targets: int = 1024
     learning_rate: float = 2e-3
+    average: float = 0.99
     bootstrap_samples: int = 300
     importance_targets: int = 6_000
     threads: int = 1
@@ -188,8 +191,11 @@ class Comparison:
             device=self.device,
         )
         fused = {id(p) for p in model.tables.parameters()}
-        dense = [p for p in model.parameters() if id(p) not in fused]
-        adam = torch.optim.Adam(dense, lr=self.config.learning_rate)
+        dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
+        adam = torch.optim.Adam(list(dense.values()), lr=self.config.learning_rate)
+        average = Average(dense, self.config.average)
+        average.train()
+        steps = 0
         order = np.random.default_rng(self.seed)
         model.train()
         for _ in range(self.config.epochs):
@@ -201,6 +207,8 @@ class Comparison:
                 labels = batch.labels[:, self.index : self.index + 1]
                 multi_task_loss(logits[:, None], labels).total.backward()
                 adam.step()
+                average.update(steps := steps + 1)
+        average.serve()
         return model.eval()
 
     def _published(self, item: Loaded, arm: ArmConfig) -> dict[str, Published]:

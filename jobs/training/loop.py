@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from feature_store.errors import SpecError
 from feature_store.spec import Dataset, IdType, Kind
 from feature_store.tables import NO_LABEL
+from jobs.training.average import Average
 from jobs.training.config import Shift
 from jobs.training.ids import int64_ids
 from jobs.training.loader import Limits, cuts
@@ -77,6 +78,7 @@ class Learner:
         fused = {id(p) for p in model.tables.parameters()}
         self.dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
         self.adam = torch.optim.Adam(list(self.dense.values()), lr=self.config.learning_rate)
+        self.average = Average(self.dense, self.config.average)
         self.parent: nn.Module | None = None
 
     def keep_parent(self) -> None:
@@ -119,6 +121,7 @@ class Learner:
         total.backward()
         nn.utils.clip_grad_norm_(list(self.dense.values()), self.config.max_grad_norm)
         self.adam.step()
+        self.average.update(self.steps)
         positives = (labels == 1).sum(0)
         return {"per_task": loss.per_task, "counts": loss.counts, "positives": positives}
 
@@ -154,15 +157,22 @@ class Learner:
         with self._precision():
             return self.preset.embed(self.model, batch.to(self.device), at).float().cpu()
 
+    @property
+    def steps(self) -> int:
+        """Taken by Adam since the first day."""
+        steps = (int(slots["step"]) for slots in self.adam.state.values())
+        return max(steps, default=0)
+
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name; views, not copies."""
-        return dict(self.model.state_dict())
+        """Parameters and buffers by name, averaged; views, not copies."""
+        return {**self.model.state_dict(), **self.average.served()}
 
     def state(self) -> dict[str, Any]:
-        """Weights and both optimizers' state, by name."""
+        """Weights, averaged and as trained, and both optimizers' state, by name."""
         slots = {n: self.adam.state[p] for n, p in self.dense.items() if p in self.adam.state}
         return {
             "weights": self.weights(),
+            "trained": self.average.trained(),
             "adam": slots,
             "tables": dict(self.model.tables.optimizer_state()),
         }
@@ -173,7 +183,7 @@ class Learner:
         Returns:
             Names of weights that it lacks, which keep their first values (a spec has grown).
         """
-        ours = self.weights()
+        ours = dict(self.model.state_dict())
         fresh = []
         with torch.no_grad():
             for name, tensor in ours.items():
@@ -191,6 +201,8 @@ class Learner:
                 k: v.clone().to(v.device if k == "step" else parameter.device)
                 for k, v in slots.items()
             }
+        trained = state.get("trained", {})
+        self.average.load({n: t for n, t in trained.items() if n in self.dense and n not in fresh})
         self.model.tables.load_optimizer_state(state["tables"])
         return fresh
 
@@ -241,6 +253,7 @@ def train(
         torch.set_rng_state(restored["rng"])
         if learner.device.type == "cuda":
             torch.cuda.set_rng_state(restored["cuda_rng"])
+    learner.average.train()
     started = last = time.monotonic()
     before = done.seconds
     while done.epoch < config.epochs:
@@ -255,6 +268,7 @@ def train(
                 if report is not None:
                     report(done)
         done.epoch, done.batches = done.epoch + 1, 0
+    learner.average.serve()
     done.seconds = before + time.monotonic() - started
     return done
 
