@@ -157,7 +157,9 @@ class Residual(nn.Module):
         super().__init__()
         self.compress = Compress(n_in, n_out)
         hidden = 2 * n_out
-        self.mlp = nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
+        # no bias at the end: one number for all of an embedding, the norm behind it takes away again
+        last = nn.Linear(hidden, n_out, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compress(x) + self.mlp(x.transpose(1, 2)).transpose(1, 2)

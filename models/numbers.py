@@ -6,9 +6,29 @@ import torch
 from torch import Tensor, nn
 
 
+_KNOTS = (-1.5, -0.75, 0.0, 0.75, 1.5, 2.5)
+HINGES = 1 + len(_KNOTS)
+
+
 def squash(values: Tensor) -> Tensor:
     """sign(x) log(1 + |x|); NaN stays NaN."""
     return torch.sign(values) * torch.log1p(values.abs())
+
+
+def hinges(values: Tensor) -> Tensor:
+    """Each number x beside max(0, x - k) for six knots k: linear in these is piecewise linear in x.
+
+    A boosted tree finds a threshold in a number at once, an MLP late (Gorishniy et al., "On
+    embeddings for numerical features", arXiv 2203.05556).
+
+    Args:
+        values: (B, F), of about unit size.
+
+    Returns:
+        (B, HINGES F).
+    """
+    knots = torch.tensor(_KNOTS, dtype=values.dtype, device=values.device)
+    return torch.cat([values, torch.relu(values[:, :, None] - knots).flatten(1)], dim=1)
 
 
 class Standardise(nn.Module):

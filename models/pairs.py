@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.batch import Batch
 from models.features import ITEM, FeaturePlan
 from models.history import Pairs, candidate_ids
-from models.numbers import Standardise
+from models.numbers import HINGES, Standardise, hinges
 
 _LARGEST = 30.0  # of a value, before exp
 _SECOND_US = 1_000_000
@@ -41,7 +41,7 @@ class PairEncoder(nn.Module):
         self.distant = [m for m in plan.matches if plan.ordered_items and m.candidate == ITEM]
         numbers = len(plan.pair_numbers) + len(self.distant) + 2
         self.standardise = Standardise(numbers)
-        self.numbers = nn.Linear(numbers + len(plan.matches), hidden)
+        self.numbers = nn.Linear(HINGES * numbers + len(plan.matches), hidden)
         self.stream = nn.Embedding(len(plan.streams), hidden)
         nn.init.normal_(self.stream.weight, std=0.1)
         self.hidden = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
@@ -51,7 +51,7 @@ class PairEncoder(nn.Module):
 
     def forward(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """bias (P, G) and related (T, V)."""
-        numbers = self.standardise(self._numbers(batch, pairs))
+        numbers = hinges(self.standardise(self._numbers(batch, pairs)))
         inputs = torch.cat([numbers, self._equal(batch, pairs)], dim=1)
         stream = self.stream(batch.event_stream.index_select(0, pairs.event))
         found = self.hidden(self.numbers(inputs) + stream)

@@ -34,7 +34,7 @@ from models.history import (
     target_pairs,
     visible_pairs,
 )
-from models.numbers import Standardise
+from models.numbers import HINGES, Standardise, hinges
 from models.outputs import Outputs
 from models.pairs import PairEncoder
 from models.tables import TableConfig, Tables
@@ -181,12 +181,14 @@ class Sequence(nn.Module):
         self.pooling = AttentionPooling(width, dim, **sizes)
         inputs = (self.target.n_tokens + 1) * dim
         self.query = mlp(inputs, 2 * width, self.pooling.query_width)
-        self.pairs = PairEncoder(plan, heads=config.heads * config.queries) if config.pairs else None
+        self.pairs = (
+            PairEncoder(plan, heads=config.heads * config.queries) if config.pairs else None
+        )
         if self.pairs is not None:
             self.related = nn.Linear(self.pairs.width, dim)
         numbers = 2 * len(plan.streams) + match_width(plan) if config.matches else 0
         self.history = Standardise(numbers)
-        self.history_dense = mlp(numbers, 64, dim) if config.matches else None
+        self.history_dense = mlp(HINGES * numbers, 64, dim) if config.matches else None
         mixed = self.target.n_tokens + config.queries + config.matches + config.pairs
         self.mix_tower = MixTower(
             mixed + (0 if user_side is None else user_side.n_tokens),
@@ -236,7 +238,8 @@ class Sequence(nn.Module):
                 stream_numbers(batch, pairs, batch.as_of, self.plan),
                 match_numbers(batch, pairs, self.plan),
             ]
-            mixed.append(self.history_dense(self.history(torch.cat(exact, dim=1)))[:, None])
+            counted = hinges(self.history(torch.cat(exact, dim=1)))
+            mixed.append(self.history_dense(counted)[:, None])
         if self.user_side is not None:
             mixed.append(self.user_side(batch, embeddings[last:]))
         logits = self.mix_tower(torch.cat(mixed, dim=1), dense)

@@ -17,7 +17,7 @@ from models.clock import PHASES, phases
 from models.features import FeaturePlan
 from models.history import candidate_ids
 from models.interactions import InteractionConfig, Pyramid
-from models.numbers import Standardise
+from models.numbers import HINGES, Standardise, hinges
 from models.tables import Lookup, bag_weights
 
 
@@ -60,7 +60,7 @@ class TargetEncoder(nn.Module):
         nn.init.normal_(self.kind.weight, std=0.1)
         numbers = len(plan.context_numbers) + len(plan.item_numbers)
         self.standardise = Standardise(numbers)
-        self.dense = mlp(numbers + PHASES, hidden, dim)
+        self.dense = mlp(HINGES * numbers + PHASES, hidden, dim)
         self.n_tokens = len(plan.candidates) + 1
 
     def lookups(self, batch: Batch) -> list[Lookup]:
@@ -68,10 +68,10 @@ class TargetEncoder(nn.Module):
         return [Lookup(c.vocabulary, candidate_ids(batch, c.name)) for c in self.plan.candidates]
 
     def numbers(self, batch: Batch) -> Tensor:
-        """(T, numbers + PHASES) float32, standardised."""
+        """(T, HINGES numbers + PHASES) float32."""
         context = [batch.context_floats[n][:, None] for n in self.plan.context_numbers]
         raw = torch.cat([*context, batch.item_features[:, : len(self.plan.item_numbers)]], dim=1)
-        return torch.cat([self.standardise(raw), phases(batch.as_of)], dim=1)
+        return torch.cat([hinges(self.standardise(raw)), phases(batch.as_of)], dim=1)
 
     def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Tokens (T, n_tokens, D) and the dense embedding (T, D)."""
