@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
 _KNOTS = (-1.5, -0.75, 0.0, 0.75, 1.5, 2.5)
 HINGES = 1 + len(_KNOTS)
 
