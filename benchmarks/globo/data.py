@@ -1,0 +1,236 @@
+"""The rows of a day, flat: one line per target, what every model here may know of it, and its labels.
+
+From the same decoded batches that our models are trained on, so that nobody sees more or less: ids,
+item and co-occurrence counts, nightly features of the user, what can be counted about the visible
+history, and hand-made summaries of it (`summaries.py`). The visible events themselves are kept once
+per user-day; a target's are a slice of them. A day is computed once and kept as one file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.globo import summaries
+from feature_store.days import day_range, shift
+from feature_store.errors import DataError
+from feature_store.lake import Lake
+from feature_store.spec import Dataset
+from feature_store.tables import NO_LABEL
+from jobs.training.loader import LabelledDay, Limits, Users, cuts, labelled_day, labelled_rows
+from jobs.training.rows import Rows
+from models.features import ITEM, FeaturePlan, feature_plan
+from models.history import bag_match_numbers, match_numbers, stream_numbers, target_pairs
+
+WINDOW = 50  # newest events with an item that a sequence holds
+_MINUTE_US = 60_000_000
+_LIMITS = Limits(max_targets=8192)
+_VERSION = 1  # of what is computed here: files of another are made again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Days shown: first to last of training, then validation, then test."""
+
+    train: tuple[str, str] = ("2017-10-02", "2017-10-11")
+    validation: tuple[str, str] = ("2017-10-12", "2017-10-12")
+    test: tuple[str, str] = ("2017-10-13", "2017-10-14")
+
+    def days(self, part: str) -> list[str]:
+        """The days of `train`, `validation` or `test`."""
+        return day_range(*getattr(self, part))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat:
+    """T targets of one or more days. A target whose tasks' labels became final on different days is
+    there once for each of these.
+
+    Args:
+        names: of the columns of `ids` (K) and `numbers` (C), and of the tasks.
+        user_id, target_id, as_of: (T,) int64.
+        labels: (T, n_tasks) int8; 1, 0 or NO_LABEL.
+        ids: (T, K) int64, the target's and its user's; -1 where missing.
+        numbers: (T, C) float32; NaN where missing.
+        start, end: (T,) int64, each target's visible events, at most WINDOW, in `events`.
+        events: "time" and categorical attributes, item first, of events with an item: (E,) int64.
+    """
+
+    names: dict[str, list[str]]
+    user_id: np.ndarray
+    target_id: np.ndarray
+    as_of: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    numbers: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    events: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.user_id)
+
+    def of_task(self, task: str) -> np.ndarray:
+        """(T,) bool: which targets have a label of `task`."""
+        return self.label(task) != NO_LABEL
+
+    def label(self, task: str) -> np.ndarray:
+        """(T,) int8: labels of `task`."""
+        return self.labels[:, self.names["tasks"].index(task)]
+
+    def where(self, mask: np.ndarray) -> Flat:
+        """Those targets, over the same events."""
+        of = {k: getattr(self, k)[mask] for k in _PER_TARGET}
+        return Flat(names=self.names, events=self.events, **of)
+
+    def save(self, path: Path, note: dict[str, Any]) -> None:
+        """Write one file, whole or not at all, that `load` accepts under the same `note`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f"{path.stem}.{os.getpid()}.staging.npz")
+        arrays = {k: getattr(self, k) for k in _PER_TARGET}
+        arrays |= {f"events/{k}": v for k, v in self.events.items()}
+        about = json.dumps({"names": self.names, "note": note})
+        np.savez(staging, about=np.array(about), **arrays)
+        os.replace(staging, path)
+
+    @staticmethod
+    def load(path: Path, note: dict[str, Any]) -> Flat | None:
+        """What `save` wrote; None where there is nothing, or something made from other inputs."""
+        if not path.exists():
+            return None
+        with np.load(path) as found:
+            about = json.loads(str(found["about"]))
+            if about["note"] != note:
+                return None
+            events = {k[7:]: found[k] for k in found.files if k.startswith("events/")}
+            of = {k: found[k] for k in _PER_TARGET}
+        return Flat(names=about["names"], events=events, **of)
+
+
+_PER_TARGET = ("user_id", "target_id", "as_of", "labels", "ids", "numbers", "start", "end")
+
+
+def concat(parts: Sequence[Flat]) -> Flat:
+    """All of them in one, in order."""
+    first = parts[0]
+    sizes = np.cumsum([0, *(len(p.events["time"]) for p in parts)])
+    of = {k: np.concatenate([getattr(p, k) for p in parts]) for k in _PER_TARGET}
+    for k in ("start", "end"):
+        moved = [getattr(p, k) + s for p, s in zip(parts, sizes, strict=False)]
+        of[k] = np.concatenate(moved)
+    events = {k: np.concatenate([p.events[k] for p in parts]) for k in first.events}
+    return Flat(names=first.names, events=events, **of)
+
+
+def flatten(dataset: Dataset, rows: Rows, lo: int, hi: int) -> Flat:
+    """Rows `lo` to `hi`, one line per target."""
+    plan = feature_plan(dataset)
+    batch = rows.batch(lo, hi)
+    pairs = target_pairs(batch)
+    of_row = batch.row_of_target.numpy()
+    ids = {ITEM: batch.item_id, **batch.context_ids}
+    ids |= {f"user_{k}": v[batch.row_of_target] for k, v in batch.user_ids.items()}
+    item = item_attribute(plan)
+    carries = batch.event_ids[item].numpy() != -1
+    columns: summaries.Columns = {}
+    columns |= {k: v.numpy() for k, v in batch.context_floats.items()}
+    columns |= _named("", plan.item_numbers, batch.item_features.numpy())
+    columns |= _named("", plan.user_numbers, batch.dense.numpy()[of_row])
+    columns["has_aggregates"] = batch.has_aggregates.numpy()[of_row]
+    for bag in plan.bags:
+        columns[f"ids_{bag.name}"] = batch.sparse[bag.name].offsets.diff().numpy()[of_row]
+    columns |= _named("bag", None, bag_match_numbers(batch, plan).numpy())
+    columns |= _named("stream", None, stream_numbers(batch, pairs, batch.as_of, plan).numpy())
+    columns |= _named("match", None, match_numbers(batch, pairs, plan).numpy())
+    events = pairs.event.numpy()
+    keep = carries[events]
+    events, of = events[keep], pairs.query.numpy()[keep]
+    segments = summaries.Segments(of, batch.targets)
+    columns |= summaries.together(segments, batch.pair_numbers.numpy()[keep], plan.pair_numbers)
+    if plan.ordered_items:
+        signed = batch.item_id.numpy()[of] - batch.event_ids[item].numpy()[events]
+        columns |= summaries.distances(segments, signed)
+    age = (batch.as_of.numpy()[of] - batch.event_time.numpy()[events]) / _MINUTE_US
+    columns |= summaries.recency(segments, age.astype(np.float32))
+    recent = {k: v.numpy()[events] for k, v in batch.event_ids.items()}
+    columns |= summaries.last_ids(segments, recent, {item: 3})
+    before = np.concatenate([[0], np.cumsum(carries)])
+    first = batch.event_offsets.numpy()[of_row]
+    end = before[first + batch.history_end.numpy()]
+    t0, t1 = rows.target_offsets[lo], rows.target_offsets[hi]
+    sequence = {item: None, **dict.fromkeys(c.name for c in plan.event_ids)}
+    return Flat(
+        names={"ids": list(ids), "numbers": list(columns), "tasks": list(plan.tasks)},
+        user_id=batch.user_id.numpy()[of_row],
+        target_id=rows.targets["target_id"][t0:t1],
+        as_of=batch.as_of.numpy(),
+        labels=batch.labels.numpy().astype(np.int8),
+        ids=np.stack([v.numpy() for v in ids.values()], axis=1),
+        numbers=np.stack([np.asarray(v, np.float32) for v in columns.values()], axis=1),
+        start=np.maximum(before[first], end - WINDOW),
+        end=end,
+        events={"time": batch.event_time.numpy()[carries]}
+        | {name: batch.event_ids[name].numpy()[carries] for name in sequence},
+    )
+
+
+def _named(prefix: str, names: Sequence[str] | None, values: np.ndarray) -> summaries.Columns:
+    chosen = names or [f"{prefix}_{i}" for i in range(values.shape[1])]
+    return dict(zip(chosen, values.T, strict=True))
+
+
+def item_attribute(plan: FeaturePlan) -> str:
+    """The attribute of events that holds an item."""
+    return next(m.name for m in plan.matches if m.candidate == ITEM)
+
+
+def shown_on(lake: Lake, dataset: Dataset, ds: str) -> LabelledDay:
+    """What was shown on `ds`, with the labels of every task that had become final by the lake's end."""
+    known = lake.partitions("labels")
+    tasks = [t for t in dataset.tasks if shift(ds, t.matures_after) in known]
+    found = [
+        labelled_day(
+            lake,
+            dataset,
+            shift(ds, after),
+            tasks=[t.name for t in tasks if t.matures_after == after],
+        )
+        for after in sorted({t.matures_after for t in tasks})
+    ]
+    inputs = {k: v for day in found for k, v in day.inputs.items()}
+    return LabelledDay(ds=ds, shown=tuple(s for day in found for s in day.shown), inputs=inputs)
+
+
+def rows_of(
+    lake: Lake, dataset: Dataset, day: LabelledDay, *, share: float, seed: int | None, **more: Any
+) -> Iterator[Rows]:
+    """The decoded rows of a day, of `share` of all users, in an order given by `seed`."""
+    return labelled_rows(lake, dataset, day.shown, users=Users.ALL, share=share, seed=seed, **more)
+
+
+def flat_day(lake: Lake, dataset: Dataset, ds: str, *, share: float, folder: Path) -> Flat:
+    """What was shown on `ds`: from its file in `folder`, or computed and written there."""
+    day = shown_on(lake, dataset, ds)
+    note = {"inputs": day.inputs, "spec": dataset.hash, "share": share, "version": _VERSION}
+    path = folder / f"{ds}-{share:g}.npz"
+    found = Flat.load(path, note)
+    if found is None:
+        parts = [
+            flatten(dataset, rows, lo, hi)
+            for rows in rows_of(lake, dataset, day, share=share, seed=None)
+            for lo, hi in cuts(rows, _LIMITS)
+        ]
+        if not parts:
+            raise DataError(
+                f"the lake has no labelled targets of {ds}: build it with `make run DATASET="
+                f"{dataset.name}` for these days, and name its HEADWATER_HOME"
+            )
+        found = concat(parts)
+        found.save(path, note)
+    return found

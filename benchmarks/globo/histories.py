@@ -1,0 +1,72 @@
+"""Histories as they are, and two that take something away from them, to ask what it was worth.
+
+    stale      cut where the nightly job of the day before stopped reading, as aggregates are: what is
+               lost against the whole history is what freshness is worth
+    shuffled   the same events at the same times, but which event was when is drawn at random: what
+               is lost is what their order is worth
+
+Only events that enter and leave every target's sight together change places, so that nobody sees
+an event that they did not see before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.batch import Batch
+from models.features import FeaturePlan
+from models.history import target_pairs
+from models.sequence import served_prefix
+
+
+def stale(batch: Batch, plan: FeaturePlan) -> Batch:
+    """The batch with every target's history cut at the cutoff of the day before."""
+    end, _ = served_prefix(batch, plan)
+    kept = torch.minimum(batch.history_end, end.index_select(0, batch.row_of_target))
+    pairs = target_pairs(batch)
+    first = F.pad(batch.history_end.cumsum(0), (1, 0))[:-1]
+    nth = torch.arange(len(pairs.query)) - first.index_select(0, pairs.query)
+    visible = nth < kept.index_select(0, pairs.query)
+    return replace(batch, history_end=kept, pair_numbers=batch.pair_numbers[visible])
+
+
+def shuffled(batch: Batch, plan: FeaturePlan) -> Batch:
+    """The batch with what its events were about exchanged among events that are seen together.
+
+    Times, and with them how long ago something happened, stay where they are. The draw depends on
+    the users and their events only.
+    """
+    order = _orders(batch)
+    moved = replace(
+        batch,
+        event_stream=batch.event_stream[order],
+        event_ids={k: v[order] for k, v in batch.event_ids.items()},
+        event_floats={k: v[order] for k, v in batch.event_floats.items()},
+    )
+    pairs = target_pairs(batch)
+    # the pair of (query, event at place p) is now that of the event that moved to p
+    first = F.pad(batch.history_end.cumsum(0), (1, 0))[:-1]
+    start = batch.event_offsets.index_select(0, batch.row_of_target)
+    place = (first - start).index_select(0, pairs.query) + order[pairs.event]
+    return replace(moved, pair_numbers=batch.pair_numbers[place])
+
+
+def _orders(batch: Batch) -> Tensor:
+    """(N,) int64: which event comes to each place, within the segments between targets' ends."""
+    ends = batch.event_offsets.index_select(0, batch.row_of_target) + batch.history_end
+    borders = torch.zeros(batch.events + 1, dtype=torch.int64)
+    borders[ends] = 1
+    borders[batch.event_offsets] = 1
+    segment = borders[: batch.events].cumsum(0)
+    seed = int((batch.user_id.sum() + batch.event_available.sum()) % (1 << 31))
+    draw = torch.rand(batch.events, generator=torch.Generator().manual_seed(seed))
+    by_draw = draw.argsort()
+    return by_draw[segment[by_draw].argsort(stable=True)]
+
+
+HISTORIES: dict[str, Callable[[Batch, FeaturePlan], Batch]] = {"stale": stale, "shuffled": shuffled}

@@ -1,0 +1,174 @@
+"""What a run has found so far: one file of predictions and one of facts per model, tasks and seed.
+
+Both are written whole or not at all, the facts last: where they are there and say the same
+configuration, the run is done and is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.globo.data import Flat
+
+PARTS = ("validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Of n labels: task and part (n,) str; user_id, target_id (n,) int64; label, prediction (n,)."""
+
+    task: np.ndarray
+    part: np.ndarray
+    user_id: np.ndarray
+    target_id: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+
+    def of(self, task: str, part: str) -> Predictions:
+        """One task's and part's, by target."""
+        keep = np.flatnonzero((self.task == task) & (self.part == part))
+        keep = keep[np.argsort(self.target_id[keep], kind="stable")]
+        return Predictions(**{k: v[keep] for k, v in self.__dict__.items()})
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+def predicted(task: str, part: str, rows: Flat, prediction: np.ndarray) -> Predictions:
+    """`prediction` (n,) of the rows, all of which have a label of `task`."""
+    if not np.isfinite(prediction).all():
+        raise FloatingPointError("a prediction is not a number: the model has diverged")
+    return Predictions(
+        task=np.full(len(rows), task),
+        part=np.full(len(rows), part),
+        user_id=rows.user_id,
+        target_id=rows.target_id,
+        label=rows.label(task),
+        prediction=np.asarray(prediction, np.float64),
+    )
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """All of them in one."""
+    names = parts[0].__dict__
+    return Predictions(**{k: np.concatenate([getattr(p, k) for p in parts]) for k in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one training gave.
+
+    Args:
+        model, seed: of it.
+        tasks: that it was trained on.
+        config: everything that, if it changes, asks for another training.
+        facts: what else is worth knowing: seconds, chosen parameters, command.
+        predictions: of `PARTS`.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    seed: int
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    predictions: Predictions
+
+
+class Store:
+    """Results in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, model: str, tasks: Sequence[str], seed: int) -> Path:
+        """Of the facts; the predictions lie beside them."""
+        return self.folder / f"{model}-{'+'.join(tasks)}-{seed}.json"
+
+    def read(
+        self, model: str, tasks: Sequence[str], seed: int, config: dict[str, Any]
+    ) -> Result | None:
+        """What was found; None: nothing yet, or with another configuration."""
+        path = self.path(model, tasks, seed)
+        if not path.exists():
+            return None
+        about = json.loads(path.read_text())
+        if about["config"] != json.loads(json.dumps(config)):
+            return None
+        table = pq.read_table(path.with_suffix(".parquet"))
+        columns = {n: table[n].to_numpy(zero_copy_only=False) for n in table.column_names}
+        columns |= {n: columns[n].astype(str) for n in ("task", "part")}
+        return Result(
+            model=model, tasks=tuple(tasks), seed=seed, config=about["config"],
+            facts=about["facts"], predictions=Predictions(**columns),
+        )  # fmt: skip
+
+    def write(self, result: Result) -> None:
+        """Keep it."""
+        path = self.path(result.model, result.tasks, result.seed)
+        table = pa.table(dict(result.predictions.__dict__))
+        write_whole(path.with_suffix(".parquet"), lambda staging: pq.write_table(table, staging))
+        about = {k: getattr(result, k) for k in ("model", "tasks", "seed", "config", "facts")}
+        write_json(path, about)
+
+    def once(
+        self,
+        model: str,
+        tasks: Sequence[str],
+        seed: int,
+        config: dict[str, Any],
+        train: Callable[[], tuple[Predictions, dict[str, Any]]],
+    ) -> Result:
+        """What was found, or what `train` finds: predictions and facts."""
+        found = self.read(model, tasks, seed, config)
+        if found is None:
+            predictions, facts = train()
+            found = Result(
+                model=model, tasks=tuple(tasks), seed=seed, config=config, facts=facts,
+                predictions=predictions,
+            )  # fmt: skip
+            self.write(found)
+        return replace(found, config=config)
+
+
+def trial(path: Path, config: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a trial of `config` found, from the lines of `path` or from `run`, which is then added.
+
+    One JSON object a line; a line that a killed run left unfinished is not read.
+    """
+    plain = json.loads(json.dumps(config))
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                known = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if known["config"] == plain:
+                return known["found"]
+    found = run()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as out:
+        out.write("\n" * bool(out.tell()) + json.dumps({"config": plain, "found": found}))
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as the file, whole or not at all."""
+    text = json.dumps(value, indent=1)
+    write_whole(path, lambda staging: Path(staging).write_text(text))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """What `write` puts into a file beside `path` becomes `path`, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f"{path.name}.{os.getpid()}.staging")
+    write(staging)
+    os.replace(staging, path)

@@ -1,0 +1,56 @@
+"""Histories that something was taken from: what is left is what it says, and no more is seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from benchmarks.globo.histories import shuffled, stale
+from models.batch import Batch
+from models.features import feature_plan
+from models.history import target_pairs
+from models.sequence import served_prefix
+from tests.batches import random_batch
+from tests.synthetic import dataset
+
+SPEC = dataset()
+PLAN = feature_plan(SPEC)
+
+
+def _batch(seed: int) -> Batch:
+    batch = random_batch(SPEC, seed=seed, rows=8)
+    return replace(batch, pair_numbers=batch.pair_numbers.nan_to_num())  # NaN equals nothing
+
+
+def _seen(batch) -> list[list[tuple]]:
+    """Per target: the visible events with the numbers of their pairs, in order."""
+    pairs = target_pairs(batch)
+    found: list[list[tuple]] = [[] for _ in range(batch.targets)]
+    for pair, (t, n) in enumerate(zip(pairs.query.tolist(), pairs.event.tolist(), strict=True)):
+        ids = tuple(v[n].item() for v in batch.event_ids.values())
+        numbers = tuple(batch.pair_numbers[pair].tolist())
+        found[t].append((batch.event_stream[n].item(), ids, numbers))
+    return found
+
+
+def test_a_stale_history_ends_where_the_night_before_stopped_reading():
+    batch = _batch(1)
+    cut = stale(batch, PLAN)
+    before, after = _seen(batch), _seen(cut)
+    end, _ = served_prefix(batch, PLAN)
+    for t in range(batch.targets):
+        kept = min(len(before[t]), int(end[batch.row_of_target[t]]))
+        assert after[t] == before[t][:kept]
+    assert cut.history_end.sum() < batch.history_end.sum()
+
+
+def test_a_shuffled_history_has_the_same_events_for_everybody_at_the_same_times():
+    batch = _batch(2)
+    mixed = shuffled(batch, PLAN)
+    before, after = _seen(batch), _seen(mixed)
+    assert [sorted(map(repr, x)) for x in after] == [sorted(map(repr, x)) for x in before]
+    assert after != before
+    assert torch.equal(mixed.event_time, batch.event_time)
+    assert torch.equal(mixed.history_end, batch.history_end)
+    assert torch.equal(shuffled(batch, PLAN).pair_numbers, mixed.pair_numbers)
