@@ -279,6 +279,14 @@ def _write_state(spec, user, ds, history, touched, out) -> None:
         out["aggregates"][ds].append({"user_id": user, **features, "ds": ds})
 
 
+def publish(lake, rows: dict[str, dict[str, pa.Table]]) -> None:
+    """What `tables` gave, into a lake; the first day's sequences are a base."""
+    for table, by_day in rows.items():
+        for ds, data in by_day.items():
+            notes = {"base": table == "sequences" and ds == FIRST_DAY}
+            lake.publish_arrow(table, ds, data, inputs={}, notes=notes, code_version="test")
+
+
 class MemoryLake:
     """What of the lake a reader uses, over tables in memory."""
 

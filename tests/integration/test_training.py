@@ -26,7 +26,7 @@ from jobs.training.config import GateConfig
 from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
 from jobs.training.loop import Learner
-from tests.synthetic import FIRST_DAY, dataset, tables
+from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
 DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 4))
 MODELS = ("sum", "sequence")
@@ -44,11 +44,7 @@ def rows():
 def settings(tmp_path_factory, rows) -> Settings:
     """A lake, and five days of both models run once in order."""
     found = Settings.from_env({"HEADWATER_HOME": str(tmp_path_factory.mktemp("home"))})
-    lake = Lake(found.lake_root, SPEC)
-    for table, by_day in rows.items():
-        for ds, data in by_day.items():
-            notes = {"base": table == "sequences" and ds == FIRST_DAY}
-            lake.publish_arrow(table, ds, data, inputs={}, notes=notes, code_version="test")
+    publish(Lake(found.lake_root, SPEC), rows)
     for ds in DAYS:
         for model in MODELS:
             _train_and_publish(found, model, ds)

@@ -22,7 +22,7 @@ from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
 from jobs.training.loop import Learner
 from jobs.training.presets import Preset
-from tests.synthetic import FIRST_DAY, dataset, tables
+from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
 DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 2))
 SPEC = replace(dataset(), models=("sum", "hybrid", "hybrid_regularise", "sum_distil"))
@@ -40,11 +40,7 @@ def rows():
 def settings(tmp_path_factory, rows) -> Settings:
     """A lake, and its days of SUM and the hybrid, trained and published."""
     found = Settings.from_env({"HEADWATER_HOME": str(tmp_path_factory.mktemp("home"))})
-    lake = Lake(found.lake_root, SPEC)
-    for table, by_day in rows.items():
-        for ds, data in by_day.items():
-            notes = {"base": table == "sequences" and ds == FIRST_DAY}
-            lake.publish_arrow(table, ds, data, inputs={}, notes=notes, code_version="test")
+    publish(Lake(found.lake_root, SPEC), rows)
     for ds in DAYS:
         for model in RUN:
             context = JobContext(dataset=SPEC, ds=ds, settings=found, model=model)
