@@ -191,9 +191,8 @@ class Lake:
         from pyspark.sql import functions as F
         from pyspark.sql.pandas.types import from_arrow_schema
 
-        names = self.contract(table).schema.names
-        schema = from_arrow_schema(self.contract(table).schema, prefer_timestamp_ntz=True)
         if not self.exists(table):
+            schema = from_arrow_schema(self.contract(table).schema, prefer_timestamp_ntz=True)
             return spark.createDataFrame([], schema)
         at = self.version(table) if version is None else version
         frame = self._delta(spark, table, at)
@@ -201,19 +200,23 @@ class Lake:
             frame = frame.where(
                 F.col("ds").isin(list(days)) if len(days) != 1 else F.col("ds") == days[0]
             )
-        stored = {f.name for f in self._open(table, at).schema().fields}
-        return frame.select(
-            *(n if n in stored else F.lit(None).cast(schema[n].dataType).alias(n) for n in names)
-        )
+        return frame.select(*self.contract(table).schema.names)
 
     def _delta(self, spark: SparkSession, table: str, version: int) -> DataFrame:
         """`table` as of `version`, the same frame each time: an engine that has analysed a plan knows
         it again, and Apache Spark replays a table's log for every other one (0.7 s against 0.2)."""
+        from pyspark.sql import functions as F
+        from pyspark.sql.pandas.types import from_arrow_type
+
         key = (spark.session_id, table, version)
         if key not in self._frames:
             # Naming the version is also what is fast: 1 s against 5 to 8 s on Apache Spark with Delta.
             reader = spark.read.format("delta").option("versionAsOf", version)
-            self._frames[key] = reader.load(self.uri(table))
+            frame = reader.load(self.uri(table))
+            stored = {f.name for f in self._open(table, version).schema().fields}
+            gained = [f for f in self.contract(table).schema if f.name not in stored]
+            nulls = [F.lit(None).cast(from_arrow_type(f.type)).alias(f.name) for f in gained]
+            self._frames[key] = frame.select("*", *nulls) if nulls else frame
         return self._frames[key]
 
     # ---- publishing

@@ -217,8 +217,8 @@ class Dataset:
                 not self.item_features.ordered_ids or self.item_id_type is IdType.INT64,
                 "ItemFeatures.ordered_ids", True, f"item ids are {self.item_id_type}: only numbers have an order",
             )  # fmt: skip
-            if self.item_features.co_occurrence is not None:
-                self._check_co_occurrence(self.item_features.co_occurrence)
+            if self.co_occurrence is not None:
+                self._check_co_occurrence(self.co_occurrence)
 
     def _check_co_occurrence(self, pairs: CoOccurrence) -> None:
         check_known("CoOccurrence.stream", pairs.stream, list(self._streams))
@@ -297,6 +297,11 @@ class Dataset:
     def given_labels(self) -> tuple[str, ...]:
         """Columns of the source's impressions that hold answers."""
         return tuple({t.label.column: None for t in self.tasks if isinstance(t.label, GivenLabel)})
+
+    @cached_property
+    def co_occurrence(self) -> CoOccurrence | None:
+        """What is counted about items and what they come together with, if anything is."""
+        return None if self.item_features is None else self.item_features.co_occurrence
 
     @cached_property
     def window_days(self) -> int:

@@ -184,8 +184,8 @@ def _targets(dataset: Dataset) -> list[pa.Field]:
 def co_occurrence_columns(dataset: Dataset) -> dict[str, Attribute]:
     """Columns of `item_aggregates` that hold values, beside first, and the attribute of each."""
     found: dict[str, Attribute] = {}
-    if dataset.item_features is not None and dataset.item_features.co_occurrence is not None:
-        pairs = dataset.item_features.co_occurrence
+    pairs = dataset.co_occurrence
+    if pairs is not None:
         stream = dataset.stream(pairs.stream)
         found |= {beside_column(n): stream.attribute(n) for n in pairs.beside}
         found |= {

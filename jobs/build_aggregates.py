@@ -215,10 +215,8 @@ def run(context: JobContext) -> None:
     inputs = {}
     events = read(context, "events", [ds], inputs)
     earlier = item_features.load(context, shift(ds, -1), inputs)
-    if dataset.item_features.co_occurrence is None:
-        sequences = context.lake.frame(context.spark, "sequences", [])
-    else:
-        sequences = read(context, "sequences", [ds], inputs)
+    together = dataset.co_occurrence is not None
+    sequences = read(context, "sequences", [ds], inputs) if together else None
     found = item_features.transform(events, earlier, sequences, dataset, ds)
     publish(context, "item_aggregates", found, inputs)
 

@@ -32,7 +32,7 @@ SEEN_DAYS = 30  # how long an item is remembered that nobody touches
 
 
 def transform(
-    events: DataFrame, earlier: DataFrame, sequences: DataFrame, dataset: Dataset, ds: str
+    events: DataFrame, earlier: DataFrame, sequences: DataFrame | None, dataset: Dataset, ds: str
 ) -> DataFrame:
     """Events on each item by the hour in which they became available, and when it was first seen.
 
@@ -41,7 +41,7 @@ def transform(
         earlier: partitions of `item_aggregates` of the `SEEN_DAYS` days before `ds`. An item keeps
             its `first_seen` as long as somebody touches it every so many days.
         sequences: partition `ds` of `sequences`, from which co-occurrence is counted: of a user's
-            events of the day the last `max_events`.
+            events of the day the last `max_events`; None where the spec has no co-occurrence.
     """
     assert dataset.item_features is not None
     streams = dataset.item_features.streams
@@ -68,6 +68,7 @@ def transform(
     found = hours.join(first, "item_id")
     together = co_occurrence_columns(dataset)
     if together:
+        assert sequences is not None
         found = found.join(_together(sequences, dataset, ds), ["item_id", "hour"], "left")
         kinds = {f.name: spark_type(f.type) for f in contract(dataset, "item_aggregates").schema}
         packed = [c for name in together for c in (name, counts_column(name))]
@@ -80,11 +81,10 @@ def transform(
 
 def _together(sequences: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
     """Per (item_id, hour) of the day: the co-occurrence columns, values in ascending order."""
-    assert dataset.item_features is not None
-    pairs = dataset.item_features.co_occurrence
+    pairs = dataset.co_occurrence
     assert pairs is not None
     stream = dataset.stream(pairs.stream)
-    table = contract(dataset, "item_aggregates")
+    together = co_occurrence_columns(dataset)
 
     def held(name: str) -> Column:
         return F.col(history_column(pairs.stream, name))
@@ -132,16 +132,15 @@ def _together(sequences: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
     pair = F.struct("number", "text", "count")
     by_kind = [
         F.sort_array(F.collect_list(F.when(F.col("kind") == k, pair))).alias(f"pairs__{k}")
-        for k in range(len(co_occurrence_columns(dataset)))
+        for k in range(len(together))
     ]
     packed = counted.groupBy("item_id", "hour").agg(*by_kind)
     columns = []
-    for k, (column, attribute) in enumerate(co_occurrence_columns(dataset).items()):
+    for k, (column, attribute) in enumerate(together.items()):
         field = "number" if attribute.id_type is IdType.INT64 else "text"
         columns.append(values(F.col(f"pairs__{k}"), field).alias(column))
         columns.append(values(F.col(f"pairs__{k}"), "count").alias(counts_column(column)))
-    kind = spark_type(table.schema.field("item_id").type)
-    return packed.select(F.col("item_id").cast(kind).alias("item_id"), "hour", *columns)
+    return packed.select("item_id", "hour", *columns)
 
 
 def asked(targets: DataFrame, item_aggregates: DataFrame, dataset: Dataset, ds: str) -> DataFrame:

@@ -191,6 +191,7 @@ def write_predictions(dataset: Dataset, scored: dict[str, Scored], path: Path) -
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from jobs.training.checkpoints import replacing
     from jobs.training.ids import held_out
 
     first = next(iter(scored.values()))
@@ -202,9 +203,8 @@ def write_predictions(dataset: Dataset, scored: dict[str, Scored], path: Path) -
         "held_out": held_out(first.user_id, dataset.held_out_share),
     }
     columns |= {name: found.prediction for name, found in scored.items()}
-    staging = path.with_name(f".{path.name}")
-    pq.write_table(pa.table(columns), staging, compression="zstd")
-    staging.replace(path)
+    with replacing(path) as staging:
+        pq.write_table(pa.table(columns), staging, compression="zstd")
 
 
 def _log(

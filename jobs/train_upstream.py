@@ -327,6 +327,7 @@ def write_evaluation(dataset: Dataset, scored: Scored, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from jobs.training.checkpoints import replacing
     from jobs.training.ids import held_out
 
     names = np.array([t.name for t in dataset.tasks], dtype=object)
@@ -341,9 +342,8 @@ def write_evaluation(dataset: Dataset, scored: Scored, path: Path) -> None:
             "held_out": held_out(scored.user_id, dataset.held_out_share),
         }
     )
-    staging = path.with_name(f".{path.name}")
-    pq.write_table(table, staging, compression="zstd")
-    staging.replace(path)
+    with replacing(path) as staging:
+        pq.write_table(table, staging, compression="zstd")
 
 
 if __name__ == "__main__":

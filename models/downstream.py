@@ -19,7 +19,7 @@ from models.features import FeaturePlan
 from models.history import bag_match_numbers, bag_match_width
 from models.numbers import Standardise
 from models.tables import TableConfig, Tables
-from models.towers import TargetEncoder, UserEncoder
+from models.towers import TargetEncoder, UserEncoder, of_targets
 
 
 class Published(NamedTuple):
@@ -138,8 +138,7 @@ class Downstream(nn.Module):
         of_user += [self._published(s, batch, published or {}) for s in self.config.sources]
         if of_user:
             joined = torch.cat(of_user, dim=1)
-            expanded = joined.flatten(1).index_select(0, batch.row_of_target)
-            expanded = expanded.unflatten(1, joined.shape[1:])
+            expanded = of_targets(batch, joined)
             if self.user is not None:
                 # the user's dense embedding joins the target's: both are one token
                 last = self.user.n_tokens

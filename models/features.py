@@ -107,12 +107,8 @@ def feature_plan(dataset: Dataset) -> FeaturePlan:
         for s in dataset.sparse_features
     )
     items = dataset.item_features
-    together = None if items is None else items.co_occurrence
-    beside: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
-    if together is not None:
-        beside = tuple(f"beside_{n}{what}" for n in together.beside for what in ("", "_lift"))
-        before = pair_number_names(dataset)
+    beside = () if dataset.co_occurrence is None else dataset.co_occurrence.beside
+    together = [f"beside_{name}{what}" for name in beside for what in ("", "_lift")]
     return FeaturePlan(
         streams=tuple(s.name for s in dataset.streams),
         target_kinds=tuple(t.name for t in dataset.targets),
@@ -124,8 +120,8 @@ def feature_plan(dataset: Dataset) -> FeaturePlan:
         ),
         candidates=candidates,
         context_numbers=_named(dataset.context_features, Kind.NUMERIC),
-        item_numbers=() if items is None else (*items.names, *beside),
-        pair_numbers=before,
+        item_numbers=() if items is None else (*items.names, *together),
+        pair_numbers=pair_number_names(dataset),
         ordered_items=items is not None and items.ordered_ids,
         user_ids=tuple(
             Category(
@@ -154,7 +150,7 @@ def feature_plan(dataset: Dataset) -> FeaturePlan:
 
 def pair_number_names(dataset: Dataset) -> tuple[str, ...]:
     """What is known of a target's item and a value before it, in the order of `Batch.pair_numbers`."""
-    pairs = None if dataset.item_features is None else dataset.item_features.co_occurrence
+    pairs = dataset.co_occurrence
     if pairs is None:
         return ()
     names: list[str] = []

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from models.attention import first_pairs
 from models.batch import Batch
-from models.features import ITEM, FeaturePlan
+from models.features import ITEM, FeaturePlan, Match
 
 _MINUTE_US = 60_000_000
 _NEVER = torch.iinfo(torch.int64).min
@@ -39,8 +39,7 @@ def visible_pairs(event_offsets: Tensor, row: Tensor, end: Tensor) -> Pairs:
         row, end: (Q,) int64, each query's row and how many of its events it sees.
     """
     query = torch.repeat_interleave(torch.arange(len(end), device=end.device), end)
-    first = F.pad(end.cumsum(0), (1, 0))[:-1]
-    shift = event_offsets.index_select(0, row) - first
+    shift = event_offsets.index_select(0, row) - first_pairs(end)
     event = torch.arange(len(query), device=end.device) + shift.index_select(0, query)
     return Pairs(query, event, len(end))
 
@@ -53,6 +52,18 @@ def target_pairs(batch: Batch) -> Pairs:
 def candidate_ids(batch: Batch, name: str) -> Tensor:
     """(T,) raw ids of a candidate feature."""
     return batch.item_id if name == ITEM else batch.context_ids[name]
+
+
+def pair_ids(batch: Batch, pairs: Pairs, match: Match) -> tuple[Tensor, Tensor]:
+    """The candidate's and the event's id of each pair, (P,) int64 each."""
+    wanted = candidate_ids(batch, match.candidate).index_select(0, pairs.query)
+    return wanted, batch.event_ids[match.name].index_select(0, pairs.event)
+
+
+def equal_ids(batch: Batch, pairs: Pairs, match: Match) -> Tensor:
+    """(P,) bool, whether candidate and event have the same id; a missing one is no one's."""
+    wanted, found = pair_ids(batch, pairs, match)
+    return (wanted == found) & (wanted != -1)
 
 
 def stream_numbers(batch: Batch, pairs: Pairs, at: Tensor, plan: FeaturePlan) -> Tensor:
@@ -76,10 +87,7 @@ def match_numbers(batch: Batch, pairs: Pairs, plan: FeaturePlan) -> Tensor:
     """
     columns = [torch.zeros(pairs.queries, 0, device=pairs.query.device)]
     for match in plan.matches:
-        ids = candidate_ids(batch, match.candidate)
-        wanted = ids.index_select(0, pairs.query)
-        found = batch.event_ids[match.name].index_select(0, pairs.event)
-        hits = ((wanted == found) & (wanted != -1)).nonzero().squeeze(1)
+        hits = equal_ids(batch, pairs, match).nonzero().squeeze(1)
         for part in _count(batch, pairs, hits, batch.as_of, len(plan.streams)):
             columns.append(part[:, list(match.streams)])
     return torch.cat(columns, dim=1)

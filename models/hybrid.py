@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from models.batch import Batch
 from models.features import FeaturePlan
 from models.sequence import Sequence, SequenceConfig
-from models.sum import UserTower, of_targets
+from models.sum import UserTower
 from models.tables import Lookup
-from models.towers import TowerConfig, UserEncoder
+from models.towers import TowerConfig, UserEncoder, of_targets
 
 
 @dataclass(frozen=True, kw_only=True)

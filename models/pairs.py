@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.batch import Batch
 from models.features import ITEM, FeaturePlan
-from models.history import Pairs, candidate_ids
+from models.history import Pairs, equal_ids, pair_ids
 from models.numbers import HINGES, Standardise, hinges
 
 _LARGEST = 30.0  # of a value, before exp
@@ -64,12 +64,10 @@ class PairEncoder(nn.Module):
         seconds, and how many visible events are newer."""
         columns = [batch.pair_numbers]
         for match in self.distant:
-            wanted = candidate_ids(batch, match.candidate).index_select(0, pairs.query)
-            found = batch.event_ids[match.name].index_select(0, pairs.event)
-            missing = torch.full_like(found, -1)
+            wanted, found = pair_ids(batch, pairs, match)
             far = (wanted - found).abs().to(torch.float32)
-            known = (wanted != missing) & (found != missing)
-            columns.append(torch.where(known, far, torch.full_like(far, float("nan")))[:, None])
+            missing = (wanted == -1) | (found == -1)
+            columns.append(far.masked_fill(missing, float("nan"))[:, None])
         as_of = batch.as_of.index_select(0, pairs.query)
         age = as_of - batch.event_time.index_select(0, pairs.event)
         last = batch.history_end.cumsum(0).index_select(0, pairs.query) - 1
@@ -81,7 +79,5 @@ class PairEncoder(nn.Module):
         """(P, matches) float32: 1 where candidate and event have the same id."""
         columns = [torch.zeros(len(pairs.query), 0, device=pairs.query.device)]
         for match in self.plan.matches:
-            wanted = candidate_ids(batch, match.candidate).index_select(0, pairs.query)
-            found = batch.event_ids[match.name].index_select(0, pairs.event)
-            columns.append(((wanted == found) & (wanted != -1)).to(torch.float32)[:, None])
+            columns.append(equal_ids(batch, pairs, match).to(torch.float32)[:, None])
         return torch.cat(columns, dim=1)

@@ -38,7 +38,7 @@ from models.numbers import HINGES, Standardise, hinges
 from models.outputs import Outputs
 from models.pairs import PairEncoder
 from models.tables import TableConfig, Tables
-from models.towers import MixTower, TargetEncoder, TowerConfig, mlp
+from models.towers import MixTower, TargetEncoder, TowerConfig, mlp, of_targets
 
 if TYPE_CHECKING:
     from models.hybrid import UserSide
@@ -212,10 +212,10 @@ class Sequence(nn.Module):
 
     def forward(self, batch: Batch) -> Outputs:
         """Logits of the M embeddings and of the K published ones, (T, n_tasks) each."""
-        lookups, of_targets = self.event.lookups(batch), self.target.lookups(batch)
+        of_events, of_items = self.event.lookups(batch), self.target.lookups(batch)
         of_users = [] if self.user_side is None else self.user_side.lookups(batch)
-        embeddings = self.tables([*lookups, *of_targets, *of_users])
-        first, last = len(lookups), len(lookups) + len(of_targets)
+        embeddings = self.tables([*of_events, *of_items, *of_users])
+        first, last = len(of_events), len(of_events) + len(of_items)
         events = self._encode(batch, embeddings[:first])
         tokens, dense = self.target(batch, embeddings[first:last])
         pairs = target_pairs(batch)
@@ -244,8 +244,7 @@ class Sequence(nn.Module):
             mixed.append(self.user_side(batch, embeddings[last:]))
         logits = self.mix_tower(torch.cat(mixed, dim=1), dense)
         users = self._users(batch, events, *served_prefix(batch, self.plan))
-        expanded = users.flatten(1).index_select(0, batch.row_of_target)
-        expanded = expanded.unflatten(1, users.shape[1:])
+        expanded = of_targets(batch, users)
         user_logits = self.user_mix_tower(torch.cat([tokens, expanded], dim=1), dense)
         return Outputs(logits, user_logits, users)
 

@@ -18,7 +18,7 @@ from models.features import FeaturePlan
 from models.interactions import Compress, InteractionConfig, Pyramid
 from models.outputs import Outputs
 from models.tables import TableConfig, Tables
-from models.towers import MixTower, TargetEncoder, TowerConfig, UserEncoder
+from models.towers import MixTower, TargetEncoder, TowerConfig, UserEncoder, of_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +139,3 @@ class Sum(nn.Module):
     def _mix(self, batch: Batch, embeddings: list[Tensor], users: Tensor) -> Tensor:
         tokens, dense = self.target(batch, embeddings)
         return self.mix_tower(torch.cat([tokens, of_targets(batch, users)], dim=1), dense)
-
-
-def of_targets(batch: Batch, users: Tensor) -> Tensor:
-    """Each target's user's embeddings: (R, K, D) -> (T, K, D)."""
-    expanded = users.flatten(1).index_select(0, batch.row_of_target)
-    return expanded.unflatten(1, users.shape[1:])

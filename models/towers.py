@@ -41,6 +41,12 @@ def mlp(n_in: int, hidden: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
 
 
+def of_targets(batch: Batch, users: Tensor) -> Tensor:
+    """Each target's user's embeddings: (R, K, D) -> (T, K, D)."""
+    expanded = users.flatten(1).index_select(0, batch.row_of_target)
+    return expanded.unflatten(1, users.shape[1:])
+
+
 class TargetEncoder(nn.Module):
     """Item and context features of a target. Nothing about its user.
 

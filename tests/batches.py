@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from feature_store.days import DAY_US, HOUR_US
 from feature_store.spec import Attribute, Dataset, Kind
 from models.batch import Batch, Sparse
 from models.features import feature_plan
+from models.loss import multi_task_loss
 
 NOON_US = 19_800 * DAY_US + 12 * HOUR_US
 
@@ -121,3 +122,18 @@ def random_batch(
         dense=draw.numbers(rows, len(dataset.dense_features)),
         labels=torch.stack([draw.below(2, t) for _ in dataset.tasks], dim=1).int(),
     )
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """What an upstream model is trained on: the loss of both kinds of logits."""
+    found = model(batch)
+    total = multi_task_loss(found.logits, batch.labels).total
+    if found.user_logits is not None:
+        total = total + multi_task_loss(found.user_logits, batch.labels).total
+    return total
+
+
+def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All but the tables'."""
+    fused = {id(p) for p in model.tables.parameters()}
+    return {n: p for n, p in model.named_parameters() if id(p) not in fused}

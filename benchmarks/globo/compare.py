@@ -27,12 +27,13 @@ import numpy as np
 
 from benchmarks.globo import table
 from benchmarks.globo.data import Flat, Split, concat, flat_day
-from benchmarks.globo.results import Result, Store, write_json, write_whole
+from benchmarks.globo.results import Result, Store, write_json
 from feature_store import datasets
 from feature_store.errors import HeadwaterError, SpecError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from jobs.settings import Settings
+from jobs.training.checkpoints import write_atomically
 
 CLICKS = ("click", "click_matched")
 FUXICTR = ("din", "dien", "transact", "bst")
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
     text = table.markdown(lines)
     folder = comparison.store.folder
-    write_whole(folder / "table.md", lambda path: path.write_text(text))
+    write_atomically(folder / "table.md", text.encode())
     write_json(folder / "table.json", [asdict(line) for line in lines])
     print(text)
 

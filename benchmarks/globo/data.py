@@ -9,7 +9,6 @@ per user-day; a target's are a slice of them. A day is computed once and kept as
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from feature_store.errors import DataError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from feature_store.tables import NO_LABEL
+from jobs.training.checkpoints import replacing
 from jobs.training.loader import LabelledDay, Limits, Users, cuts, labelled_day, labelled_rows
 from jobs.training.rows import Rows
 from models.features import ITEM, FeaturePlan, feature_plan
@@ -92,12 +92,11 @@ class Flat:
     def save(self, path: Path, note: dict[str, Any]) -> None:
         """Write one file, whole or not at all, that `load` accepts under the same `note`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f"{path.stem}.{os.getpid()}.staging.npz")
         arrays = {k: getattr(self, k) for k in _PER_TARGET}
         arrays |= {f"events/{k}": v for k, v in self.events.items()}
         about = json.dumps({"names": self.names, "note": note})
-        np.savez(staging, about=np.array(about), **arrays)
-        os.replace(staging, path)
+        with replacing(path) as staging, staging.open("wb") as file:
+            np.savez(file, about=np.array(about), **arrays)
 
     @staticmethod
     def load(path: Path, note: dict[str, Any]) -> Flat | None:

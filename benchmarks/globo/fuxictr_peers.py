@@ -30,9 +30,9 @@ import torch
 
 from benchmarks.globo.data import WINDOW, Flat
 from benchmarks.globo.encoded import AGE, AGES, LABEL, SEQUENCE, Batches, Encoder, Pad
-from benchmarks.globo.results import PARTS, Predictions, joined, predicted, trial
+from benchmarks.globo.results import PARTS, Predictions, joined, predicted, tune
 from feature_store.errors import SpecError
-from jobs.training.ids import mix
+from jobs.training.ids import in_share
 from models.metrics import logloss
 
 _SAMPLE = 0x66757869
@@ -156,43 +156,22 @@ class FuxiCtr:
     def _tune(self) -> tuple[dict[str, Any], float]:
         """The chosen parameters, and the seconds that trials of earlier runs had taken."""
         parts: dict[str, Flat] = {}
-        spent = 0.0
 
-        def loss(params: dict[str, Any]) -> float:
-            nonlocal spent
-            ran = False
+        def run(params: dict[str, Any]) -> dict[str, Any]:
+            if not parts:
+                train = self.tuning_rows("train")
+                parts["train"] = train.where(in_share(train.user_id, self.tuning_share, _SAMPLE))
+                parts["validation"] = self.tuning_rows("validation")
+            begun = time.monotonic()
+            found = self._fit(self.tuning_task, parts, params, 0)
+            label = parts["validation"].label(self.tuning_task)
+            lost = logloss(label, found.predictions["validation"])
+            seconds = time.monotonic() - begun
+            print(f"  {self.kind.name} {params} {lost:.5f} in {seconds:.0f} s", flush=True)
+            return {"logloss": lost, "steps": found.steps, "seconds": seconds}
 
-            def run() -> dict[str, Any]:
-                nonlocal ran
-                ran = True
-                if not parts:
-                    train = self.tuning_rows("train")
-                    keep = mix(train.user_id, _SAMPLE) <= np.uint64(
-                        min(self.tuning_share * 2.0**64, 2.0**64 - 2048)
-                    )
-                    parts["train"] = train.where(keep)
-                    parts["validation"] = self.tuning_rows("validation")
-                begun = time.monotonic()
-                found = self._fit(self.tuning_task, parts, params, 0)
-                label = parts["validation"].label(self.tuning_task)
-                lost = logloss(label, found.predictions["validation"])
-                seconds = time.monotonic() - begun
-                print(f"  {self.kind.name} {params} {lost:.5f} in {seconds:.0f} s", flush=True)
-                return {"logloss": lost, "steps": found.steps, "seconds": seconds}
-
-            key = {"about": self.about, "config": self.config(), "params": params}
-            found = trial(self.path, key, run)
-            spent += 0.0 if ran else found["seconds"]
-            return found["logloss"]
-
-        best: dict[str, Any] = {}
-        lowest = loss(best)
-        for name, values in CHOICES:
-            for value in values:
-                now = loss({**best, name: value})
-                if now < lowest:
-                    best, lowest = {**best, name: value}, now
-        return best, spent
+        key = {"about": self.about, "config": self.config()}
+        return tune(self.path, key, {}, CHOICES, run)
 
     def _fit(self, task: str, parts: dict[str, Flat], chosen: dict[str, Any], seed: int) -> _Fitted:
         """Train on `train`, stop by `validation`, score every part but `train`."""

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from models.attention import first_pairs
 from models.batch import Batch
 from models.features import FeaturePlan
 from models.history import target_pairs
@@ -29,7 +29,7 @@ def stale(batch: Batch, plan: FeaturePlan) -> Batch:
     end, _ = served_prefix(batch, plan)
     kept = torch.minimum(batch.history_end, end.index_select(0, batch.row_of_target))
     pairs = target_pairs(batch)
-    first = F.pad(batch.history_end.cumsum(0), (1, 0))[:-1]
+    first = first_pairs(batch.history_end)
     nth = torch.arange(len(pairs.query)) - first.index_select(0, pairs.query)
     visible = nth < kept.index_select(0, pairs.query)
     return replace(batch, history_end=kept, pair_numbers=batch.pair_numbers[visible])
@@ -50,7 +50,7 @@ def shuffled(batch: Batch, plan: FeaturePlan) -> Batch:
     )
     pairs = target_pairs(batch)
     # the pair of (query, event at place p) is now that of the event that moved to p
-    first = F.pad(batch.history_end.cumsum(0), (1, 0))[:-1]
+    first = first_pairs(batch.history_end)
     start = batch.event_offsets.index_select(0, batch.row_of_target)
     place = (first - start).index_select(0, pairs.query) + order[pairs.event]
     return replace(moved, pair_numbers=batch.pair_numbers[place])

@@ -17,9 +17,9 @@ import lightgbm
 import numpy as np
 
 from benchmarks.globo.data import Flat
-from benchmarks.globo.results import PARTS, Predictions, joined, predicted, trial
+from benchmarks.globo.results import PARTS, Predictions, joined, predicted, tune
 from feature_store.tables import NO_LABEL
-from jobs.training.ids import mix
+from jobs.training.ids import in_share
 from models.features import ITEM
 
 _SAMPLE = 0x6C67626D
@@ -156,41 +156,19 @@ class LightGbm:
         self, task: str, tables: dict[str, Table], train: Flat
     ) -> tuple[dict[str, Any], float]:
         """The chosen parameters, and the seconds that trials of earlier runs had taken."""
-        keep = np.ones(len(train), bool)
-        if self.tuning_share < 1:
-            keep = mix(train.user_id, _SAMPLE) < np.uint64(int(self.tuning_share * 2.0**64))
-        some = Table(train.where(keep), task)
+        some = Table(train.where(in_share(train.user_id, self.tuning_share, _SAMPLE)), task)
         sets: dict[str, tuple[lightgbm.Dataset, lightgbm.Dataset]] = {}
-        spent = 0.0
 
-        def loss(params: dict[str, Any]) -> float:
-            nonlocal spent
-            ran = False
+        def run(params: dict[str, Any]) -> dict[str, Any]:
+            kind = params["categories"]
+            if kind not in sets:
+                sets[kind] = _sets(some, tables["validation"], kind)
+            begun = time.monotonic()
+            booster = _fit(sets[kind], params, 0)
+            found = next(iter(booster.best_score["valid_0"].values()))
+            seconds = time.monotonic() - begun
+            print(f"  {task} {params} {found:.5f} in {seconds:.0f} s", flush=True)
+            return {"logloss": found, "trees": booster.best_iteration, "seconds": seconds}
 
-            def run() -> dict[str, Any]:
-                nonlocal ran
-                ran = True
-                kind = params["categories"]
-                if kind not in sets:
-                    sets[kind] = _sets(some, tables["validation"], kind)
-                begun = time.monotonic()
-                booster = _fit(sets[kind], params, 0)
-                found = next(iter(booster.best_score["valid_0"].values()))
-                seconds = time.monotonic() - begun
-                print(f"  {task} {params} {found:.5f} in {seconds:.0f} s", flush=True)
-                return {"logloss": found, "trees": booster.best_iteration, "seconds": seconds}
-
-            key = {"about": self.about, "share": self.tuning_share, "params": params}
-            found = trial(self.folder / f"lightgbm-{task}.jsonl", key, run)
-            spent += 0.0 if ran else found["seconds"]
-            return found["logloss"]
-
-        best = dict(START)
-        lowest = loss(best)
-        for name, values in CHOICES:
-            for value in values:
-                params = {**best, name: value}
-                now = loss(params)
-                if now < lowest:
-                    best, lowest = params, now
-        return best, spent
+        key = {"about": self.about, "share": self.tuning_share}
+        return tune(self.folder / f"lightgbm-{task}.jsonl", key, START, CHOICES, run)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.globo.data import Split, rows_of, shown_on
 from benchmarks.globo.histories import HISTORIES
@@ -18,10 +20,26 @@ from feature_store.spec import Dataset
 from jobs.training.config import to_plain
 from jobs.training.ids import seed_of
 from jobs.training.loader import cuts
-from jobs.training.loop import Learner, Scored, choose_device, concat, labelled_predictions, train
+from jobs.training.loop import Learner, Scored, choose_device, score, train
 from jobs.training.presets import Preset, preset
 from models.batch import Batch
 from models.features import feature_plan
+
+
+class _Seeing(Learner):
+    """A learner of a preset to which a batch is what `seen` makes of it."""
+
+    def __init__(
+        self, dataset: Dataset, preset: Preset, device: torch.device, seen: Callable[[Batch], Batch]
+    ) -> None:
+        super().__init__(dataset, preset, device)
+        self.seen = seen
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        return super().step(self.seen(batch))
+
+    def probabilities(self, batch: Batch) -> Tensor:
+        return super().probabilities(self.seen(batch))
 
 
 class Ours:
@@ -46,7 +64,6 @@ class Ours:
                 f"--models: {model!r} has no such histories; known are {', '.join(HISTORIES)}"
             )
         self.histories = HISTORIES.get(histories)
-        self.plan = feature_plan(dataset)
         found = preset(dataset, name)
         if epochs is not None:
             found = replace(found, training=replace(found.training, epochs=epochs))
@@ -63,7 +80,7 @@ class Ours:
         config = self.preset.training
         torch.set_num_threads(config.threads)
         torch.manual_seed(seed_of("init", self.dataset.name, self.model, seed))
-        learner = Learner(self.dataset, self.preset, choose_device())
+        learner = self._learner()
         seconds = 0.0
         for ds in self.split.days("train"):
             learner.keep_parent()
@@ -77,24 +94,20 @@ class Ours:
         found = []
         for part in PARTS:
             for ds in self.split.days(part):
-                scored = concat(
-                    labelled_predictions(
-                        self.dataset, rows, lo, hi, batch, learner.probabilities(batch).numpy()
-                    )
-                    for rows in self._rows(ds, None)
-                    for lo, hi in cuts(rows, config.inference)
-                    for batch in [self._seen(rows.batch(lo, hi))]
-                )
+                scored = score(self.dataset, learner, self._rows(ds, None), config.inference)
                 found.append(_predictions(self.dataset, scored, part, tasks))
         return joined(found), {"seconds": seconds, "device": learner.device.type}
 
     def _batches(self, ds: str, seed: int) -> Iterator[Batch]:
         for rows in self._rows(ds, seed):
             for lo, hi in cuts(rows, self.preset.training.limits):
-                yield self._seen(rows.batch(lo, hi))
+                yield rows.batch(lo, hi)
 
-    def _seen(self, batch: Batch) -> Batch:
-        return batch if self.histories is None else self.histories(batch, self.plan)
+    def _learner(self) -> Learner:
+        of = self.dataset, self.preset, choose_device()
+        if self.histories is None:
+            return Learner(*of)
+        return _Seeing(*of, seen=partial(self.histories, plan=feature_plan(self.dataset)))
 
     def _rows(self, ds: str, seed: int | None) -> Any:
         day = shown_on(self.lake, self.dataset, ds)

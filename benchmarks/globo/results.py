@@ -7,7 +7,6 @@ configuration, the run is done and is not repeated.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.globo.data import Flat
+from jobs.training.checkpoints import replacing, write_atomically
 
 PARTS = ("validation", "test")
 
@@ -115,7 +115,9 @@ class Store:
         """Keep it."""
         path = self.path(result.model, result.tasks, result.seed)
         table = pa.table(dict(result.predictions.__dict__))
-        write_whole(path.with_suffix(".parquet"), lambda staging: pq.write_table(table, staging))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path.with_suffix(".parquet")) as staging:
+            pq.write_table(table, staging)
         about = {k: getattr(result, k) for k in ("model", "tasks", "seed", "config", "facts")}
         write_json(path, about)
 
@@ -160,15 +162,50 @@ def trial(path: Path, config: dict[str, Any], run: Callable[[], dict[str, Any]])
     return found
 
 
+def tune(
+    path: Path,
+    key: dict[str, Any],
+    start: dict[str, Any],
+    choices: Sequence[tuple[str, Sequence[Any]]],
+    run: Callable[[dict[str, Any]], dict[str, Any]],
+) -> tuple[dict[str, Any], float]:
+    """Parameters chosen one after the other by the "logloss" of trials.
+
+    Args:
+        path: of the trials.
+        key: what else a trial depends on.
+        start: parameters of the first trial.
+        choices: parameter -> values that are tried beside the best so far, in this order.
+        run: what a trial of parameters finds: "logloss", "seconds" and more.
+
+    Returns:
+        The best parameters, and the seconds that trials of earlier runs had taken.
+    """
+    spent = 0.0
+
+    def loss(params: dict[str, Any]) -> float:
+        nonlocal spent
+        ran: list[bool] = []
+
+        def now() -> dict[str, Any]:
+            ran.append(True)
+            return run(params)
+
+        found = trial(path, {**key, "params": params}, now)
+        spent += 0.0 if ran else found["seconds"]
+        return found["logloss"]
+
+    best = dict(start)
+    lowest = loss(best)
+    for name, values in choices:
+        for value in values:
+            params = {**best, name: value}
+            found = loss(params)
+            if found < lowest:
+                best, lowest = params, found
+    return best, spent
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as the file, whole or not at all."""
-    text = json.dumps(value, indent=1)
-    write_whole(path, lambda staging: Path(staging).write_text(text))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """What `write` puts into a file beside `path` becomes `path`, in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f"{path.name}.{os.getpid()}.staging")
-    write(staging)
-    os.replace(staging, path)
+    write_atomically(path, json.dumps(value, indent=1).encode())

@@ -35,6 +35,7 @@ from benchmarks.movielens.data import REBUILT_USER, TEST, VALIDATION, Log, read
 from benchmarks.movielens.model import ModelConfig
 from benchmarks.movielens.training import TrainConfig, Training, metrics, rank_held_out
 from feature_store.errors import HeadwaterError
+from jobs.training.checkpoints import write_atomically
 from models.encoders import Encoder
 
 # arXiv 2402.17152, section 4.1.1, and github.com/facebookresearch/generative-recommenders
@@ -180,9 +181,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def write(result: Mapping[str, Any], out: Path) -> None:
     """Replace `result.json` in one step."""
-    staging = out / ".result.json"
-    staging.write_text(json.dumps(result, indent=1))
-    os.replace(staging, out / "result.json")
+    write_atomically(out / "result.json", json.dumps(result, indent=1).encode())
 
 
 def table(result: Mapping[str, Any]) -> Table:

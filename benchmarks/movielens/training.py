@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,6 +16,7 @@ from torch import Tensor
 from benchmarks.movielens.data import VALIDATION, Batch, Log
 from benchmarks.movielens.model import ModelConfig, Recommender, catalogue_loss, refuse
 from feature_store.errors import HeadwaterError
+from jobs.training.checkpoints import replacing
 
 _CHUNK = {"cpu": 256, "cuda": 8192}
 _EVALUATED = 256  # users at a time
@@ -235,9 +235,8 @@ class Training:
             "history": self.history,
             "best": self.best,
         }
-        staging = self.path.with_suffix(".staging")
-        torch.save(state, staging)
-        os.replace(staging, self.path)
+        with replacing(self.path) as staging:
+            torch.save(state, staging)
 
     def _resume(self) -> None:
         state = torch.load(self.path, map_location="cpu", weights_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 
@@ -24,7 +23,8 @@ class Average:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        self.parameters, self.decay = dict(parameters), decay
+        self.parameters = {n: p.detach() for n, p in parameters.items()}  # views
+        self.decay = decay
         self.other: dict[str, Tensor] = {}  # empty: as the parameters are
         self.training = False
 
@@ -40,7 +40,6 @@ class Average:
             self._swap()
         self.training = False
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """The parameters are as trained after `step` steps in all, from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
@@ -58,20 +57,17 @@ class Average:
     def load(self, trained: Mapping[str, Tensor]) -> None:
         """The parameters hold the averaged version, and this is the trained one."""
         self.training = False
-        self.other = {
-            n: trained[n].to(p.device).clone() if n in trained else p.detach().clone()
-            for n, p in self.parameters.items()
-        }  # fmt: skip
-        if not trained:
-            self.other = {}
+        self.other = {}
+        if trained:
+            both = ((n, p, trained.get(n, p)) for n, p in self.parameters.items())
+            self.other = {n: t.to(p.device, copy=True) for n, p, t in both}
 
-    @torch.no_grad()
     def _swap(self) -> None:
         if not self.decay:
             return
         if not self.other:
-            self.other = {n: p.detach().clone() for n, p in self.parameters.items()}
+            self.other = {n: p.clone() for n, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            held = parameter.detach().clone()
+            held = parameter.clone()
             parameter.copy_(self.other[name])
             self.other[name] = held

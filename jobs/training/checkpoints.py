@@ -19,7 +19,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,13 +149,8 @@ class Checkpoints:
 
         day = self.day(ds)
         day.mkdir(parents=True, exist_ok=True)
-        staging = day / f".{PROGRESS}-{uuid.uuid4().hex[:8]}"
-        try:
+        with replacing(day / PROGRESS) as staging:
             torch.save(dict(state), staging)
-            _sync(staging)
-            os.replace(staging, day / PROGRESS)
-        finally:
-            staging.unlink(missing_ok=True)
 
     def load_progress(self, ds: str, run_hash: str) -> dict[str, Any] | None:
         """The state that this very training was interrupted in, if it was."""
@@ -237,15 +233,22 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write that becomes `path` in one step at the end; where something fails, nothing does."""
     staging = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        staging.write_bytes(data)
+        yield staging
         _sync(staging)
         os.replace(staging, path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file in one step."""
+    with replacing(path) as staging:
+        staging.write_bytes(data)
 
 
 def _sync(path: Path) -> None:

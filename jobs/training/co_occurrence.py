@@ -15,8 +15,8 @@ Of an item a and a value b, of the pairs in `[start of the day of as_of - window
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from models.features import ITEM, pair_number_names
 
 if TYPE_CHECKING:
     from feature_store.lake import Lake
+    from models.batch import Batch
 
 NUMBERS = 3  # together, lift, seen
 _HOUR_BITS = 16
@@ -169,7 +170,7 @@ class CoOccurrences:
 
     def _asked(self, column: str, as_of: np.ndarray) -> tuple[_Index, np.ndarray]:
         """The column's index, and (2, T) the hours from which and up to which targets look."""
-        pairs = declared(self.dataset)
+        pairs = self.dataset.co_occurrence
         assert pairs is not None
         if column not in self._indices:
             self._indices[column] = self._load(column)
@@ -201,72 +202,56 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else column.combine_chunks()
 
 
-def declared(dataset: Dataset) -> CoOccurrence | None:
-    """The spec's co-occurrence, if it has any."""
-    return None if dataset.item_features is None else dataset.item_features.co_occurrence
-
-
 def days_read(dataset: Dataset, known: Sequence[str], shown: Sequence[str]) -> list[str]:
     """Which of the days `known` the targets of the days `shown` look at."""
-    pairs = declared(dataset)
+    pairs = dataset.co_occurrence
     if pairs is None or not shown:
         return []
     first = shift(min(shown), -pairs.window_days)
     return [day for day in sorted(known) if first <= day <= max(shown)]
 
 
-def beside_numbers(
-    dataset: Dataset,
-    together: CoOccurrences | None,
-    items: np.ndarray,
-    as_of: np.ndarray,
-    context: Mapping[str, np.ndarray],
-) -> np.ndarray:
-    """How targets' items go with their own context: (T, 2 x beside) float32, together and lift.
+def with_co_occurrence(dataset: Dataset, batch: Batch, together: CoOccurrences | None) -> Batch:
+    """The batch with its targets' co-occurrence behind their item features, and its pairs' numbers.
+
+    Beside, per attribute: together and lift. Pairs: as `models.features.pair_number_names` names them.
 
     Args:
+        batch: with `item_features` of the table alone.
         together: None counts nothing.
-        items, as_of: (T,) int64.
-        context: context feature -> (T,) int64.
     """
-    pairs = declared(dataset)
-    names = () if pairs is None else pairs.beside
-    found = np.zeros((len(items), 2 * len(names)), np.float32)
-    if together is not None:
-        for i, name in enumerate(names):
-            numbers = together.numbers(beside_column(name), items, as_of, context[name])
-            found[:, 2 * i : 2 * i + 2] = numbers[:, :2]
-    return found
+    import torch
+
+    declared = dataset.co_occurrence
+    beside = np.zeros((batch.targets, 2 * len(declared.beside) if declared else 0), np.float32)
+    pairs = int(batch.history_end.sum())
+    numbers = np.zeros((pairs, len(pair_number_names(dataset))), np.float32)
+    if declared is not None and together is not None:
+        items, as_of = batch.item_id.numpy(), batch.as_of.numpy()
+        for i, name in enumerate(declared.beside):
+            values = batch.context_ids[name].numpy()
+            found = together.numbers(beside_column(name), items, as_of, values)
+            beside[:, 2 * i : 2 * i + 2] = found[:, :2]
+        if numbers.size:  # a model without histories does not need the largest of the indices
+            numbers = _before(dataset, declared, together, batch)
+    features = torch.cat([batch.item_features, torch.from_numpy(beside)], dim=1)
+    return replace(batch, item_features=features, pair_numbers=torch.from_numpy(numbers))
 
 
-def before_numbers(
-    dataset: Dataset,
-    together: CoOccurrences | None,
-    items: np.ndarray,
-    as_of: np.ndarray,
-    events: Mapping[str, np.ndarray],
-    of: np.ndarray,
+def _before(
+    dataset: Dataset, declared: CoOccurrence, together: CoOccurrences, batch: Batch
 ) -> np.ndarray:
-    """How targets' items go with the events that they see, (P, C) float32 of P pairs.
+    """(P, C) float32: what is known of the batch's targets and each event that they see."""
+    from models.history import target_pairs
 
-    Columns are those of `models.features.pair_number_names`.
-
-    Args:
-        together: None counts nothing.
-        items, as_of: (T,) int64.
-        events: attribute -> (P,) int64, of each pair's event.
-        of: (P,) int64, each pair's target.
-    """
-    names = pair_number_names(dataset)
-    pairs = declared(dataset)
-    if together is None or pairs is None:
-        return np.zeros((len(of), len(names)), np.float32)
+    pairs = target_pairs(batch)
+    items, as_of, of = batch.item_id.numpy(), batch.as_of.numpy(), pairs.query.numpy()
     found = []
-    for name in pairs.before:
-        for lags in pairs.lags:
-            column = before_column(name, lags)
-            found.append(together.numbers(column, items, as_of, events[name], of))
-        if dataset.stream(pairs.stream).attribute(name).vocabulary == ITEM:
-            column = before_column(name, max(pairs.lags))
-            found.append(together.after(column, items, as_of, events[name], of)[:, None])
-    return np.concatenate(found, axis=1) if found else np.zeros((len(of), 0), np.float32)
+    for name in declared.before:
+        values = batch.event_ids[name][pairs.event].numpy()
+        for lags in declared.lags:
+            found.append(together.numbers(before_column(name, lags), items, as_of, values, of))
+        if dataset.stream(declared.stream).attribute(name).vocabulary == ITEM:
+            column = before_column(name, max(declared.lags))
+            found.append(together.after(column, items, as_of, values, of)[:, None])
+    return np.concatenate(found, axis=1)

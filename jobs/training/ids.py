@@ -49,7 +49,14 @@ def mix(values: np.ndarray, seed: int) -> np.ndarray:
 
 def held_out(user_ids: np.ndarray, share: float) -> np.ndarray:
     """Which of int64 `user_ids` (n,) are never trained on: bool (n,), the same for every day and model."""
-    return mix(user_ids, int(_HELD_OUT)) < np.uint64(int(share * 2.0**64))
+    return in_share(user_ids, share, int(_HELD_OUT))
+
+
+def in_share(ids: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which of int64 `ids` (n,) are in the sample of `share` of all that `seed` draws: bool (n,)."""
+    if share >= 1.0:
+        return np.ones(len(ids), bool)
+    return mix(ids, seed) < np.uint64(int(share * 2.0**64))
 
 
 def seed_of(*parts: object) -> int:

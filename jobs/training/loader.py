@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 from feature_store.days import shift
 from feature_store.ledger import pin
 from feature_store.spec import Dataset
-from jobs.training.co_occurrence import CoOccurrences, days_read, declared
-from jobs.training.ids import held_out, int64_ids, mix
+from jobs.training.co_occurrence import CoOccurrences, days_read
+from jobs.training.ids import held_out, in_share, int64_ids, mix
 from jobs.training.labels import Labels
 from jobs.training.rows import Rows, columns_of, decode
 
@@ -132,7 +132,7 @@ def labelled_day(
 def _co_occurrences(
     lake: Lake, dataset: Dataset, shown: Sequence[str], inputs: dict[str, int] | None
 ) -> CoOccurrences | None:
-    if declared(dataset) is None:
+    if dataset.co_occurrence is None:
         return None
     if inputs is None:
         known = {day: found.version for day, found in lake.partitions("item_aggregates").items()}
@@ -236,8 +236,7 @@ def _labelled(
         keep = shown.labels.labelled(ids, batch.column("part").to_numpy().astype(np.int64))
         if users is not Users.ALL:
             keep &= held_out(ids, dataset.held_out_share) == (users is Users.HELD_OUT)
-        if share < 1.0:
-            keep &= mix(ids, _SAMPLE) < np.uint64(int(share * 2.0**64))
+        keep &= in_share(ids, share, _SAMPLE)
         if keep.any():
             yield index, batch if keep.all() else batch.filter(pa.array(keep))
 

@@ -28,12 +28,7 @@ from feature_store.tables import (
     sparse_column,
     user_attribute_column,
 )
-from jobs.training.co_occurrence import (
-    CoOccurrences,
-    before_numbers,
-    beside_numbers,
-    declared,
-)
+from jobs.training.co_occurrence import CoOccurrences, with_co_occurrence
 from jobs.training.ids import int64_ids
 
 if TYPE_CHECKING:
@@ -126,9 +121,7 @@ class Rows:
                 tensor(offsets[lo : hi + 1] - s0),
                 None if scores is None else tensor(scores[s0:s1]),
             )
-        beside, before = self._co_occurrence(lo, hi)
-        item_features = np.concatenate([self.targets["item_features"][t0:t1], beside], axis=1)
-        return Batch(
+        batch = Batch(
             user_id=tensor(self.user_id[lo:hi]),
             row_of_target=tensor(np.repeat(np.arange(hi - lo), counts)),
             target_offsets=tensor(self.target_offsets[lo : hi + 1] - t0),
@@ -145,32 +138,15 @@ class Rows:
             item_id=targets["item_id"],
             context_ids=_group(targets, "ids/"),
             context_floats=_group(targets, "floats/"),
-            item_features=tensor(item_features),
-            pair_numbers=tensor(before),
+            item_features=targets["item_features"],
+            pair_numbers=torch.zeros(0, 0),
             has_aggregates=users["has_aggregates"],
             user_ids=_group(users, "ids/"),
             sparse=sparse,
             dense=users["dense"],
             labels=tensor(self.labels[t0:t1]),
         )
-
-    def _co_occurrence(self, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
-        """What rows `lo` to `hi` have beside their targets, and before them for every visible event."""
-        t0, t1 = self.target_offsets[lo], self.target_offsets[hi]
-        targets = {k: v[t0:t1] for k, v in self.targets.items()}
-        items, as_of = targets["item_id"], targets["as_of"]
-        context = _group(targets, "ids/")
-        beside = beside_numbers(self.dataset, self.together, items, as_of, context)
-        row = lo + np.repeat(np.arange(hi - lo), np.diff(self.target_offsets[lo : hi + 1]))
-        end = targets["history_end"]
-        target = np.repeat(np.arange(t1 - t0), end)
-        shift = self.event_offsets[row] - (np.cumsum(end) - end)
-        event = np.arange(len(target)) + np.repeat(shift, end)
-        pairs = declared(self.dataset)
-        names = () if pairs is None or self.together is None else pairs.before
-        attributes = {n: self.events[f"ids/{n}"][event] for n in names}
-        before = before_numbers(self.dataset, self.together, items, as_of, attributes, target)
-        return beside, before
+        return with_co_occurrence(self.dataset, batch, self.together)
 
 
 def _group(tensors: dict, prefix: str) -> dict:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from feature_store.spec import Dataset
 from feature_store.tables import NO_LABEL
@@ -17,7 +16,7 @@ from models.loss import multi_task_loss
 from models.sequence import Sequence, SequenceConfig, served_prefix
 from models.sum import Sum, SumConfig
 from models.tables import TableConfig
-from tests.batches import random_batch
+from tests.batches import dense_parameters, loss_of, random_batch
 from tests.synthetic import dataset
 from tests.tiny import TINY
 
@@ -29,18 +28,6 @@ def make(spec: Dataset = TINY, *, seed: int = 0) -> Hybrid:
     torch.manual_seed(seed)
     config = HybridConfig(tables=TABLES, width=16, head_dim=8, dense_tokens=2)
     return Hybrid(feature_plan(spec), config)
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    found = model(batch)
-    total = multi_task_loss(found.logits, batch.labels).total
-    if found.user_logits is not None:
-        total = total + multi_task_loss(found.user_logits, batch.labels).total
-    return total
-
-
-def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if not n.startswith("tables.")}
 
 
 @pytest.mark.parametrize("spec", [TINY, dataset()], ids=lambda s: s.name)

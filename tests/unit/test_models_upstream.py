@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from feature_store.spec import Dataset
 from feature_store.tables import NO_LABEL
@@ -19,7 +19,7 @@ from models.loss import multi_task_loss
 from models.sequence import Sequence, SequenceConfig, served_prefix
 from models.sum import PRESETS, Sum, SumConfig
 from models.tables import TableConfig
-from tests.batches import random_batch
+from tests.batches import dense_parameters, loss_of, random_batch
 from tests.synthetic import dataset
 from tests.tiny import TINY
 
@@ -46,19 +46,6 @@ MAKERS = {
 }
 
 
-def losses(model: nn.Module, batch: Batch) -> Tensor:
-    found = model(batch)
-    total = multi_task_loss(found.logits, batch.labels).total
-    if found.user_logits is not None:
-        total = total + multi_task_loss(found.user_logits, batch.labels).total
-    return total
-
-
-def dense_parameters(model: Any) -> dict[str, nn.Parameter]:
-    fused = {id(p) for p in model.tables.parameters()}
-    return {n: p for n, p in model.named_parameters() if id(p) not in fused}
-
-
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_shapes_and_every_parameter_learns(name: str, spec: Dataset) -> None:
@@ -68,7 +55,7 @@ def test_shapes_and_every_parameter_learns(name: str, spec: Dataset) -> None:
     tables = {
         n: w.weight.detach().clone() for n, w in model.tables.collection.embedding_bags.items()
     }
-    losses(model, batch).backward()
+    loss_of(model, batch).backward()
     for parameter_name, parameter in dense_parameters(model).items():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, parameter_name
@@ -84,7 +71,7 @@ def test_it_overfits_a_small_batch(name: str) -> None:
     adam = torch.optim.Adam(dense_parameters(model).values(), lr=0.01)
     for _ in range(120):
         adam.zero_grad()
-        losses(model, batch).backward()
+        loss_of(model, batch).backward()
         adam.step()
     loss = multi_task_loss(model(batch).logits, batch.labels)
     assert loss.per_task.max() < 0.2  # ln 2 = 0.69 is guessing
@@ -258,7 +245,7 @@ def test_state_dict_holds_everything() -> None:
     """A fresh model with the state of another gives its logits to the bit."""
     for name, maker in MAKERS.items():
         model, batch = maker(), random_batch(TINY)
-        losses(model, batch).backward()
+        loss_of(model, batch).backward()
         torch.manual_seed(5)
         fresh = type(model)(model.plan, model.config)
         fresh.load_state_dict(model.state_dict())
