@@ -192,7 +192,7 @@ class Comparison:
         )
         fused = {id(p) for p in model.tables.parameters()}
         dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
-        adam = torch.optim.Adam(list(dense.values()), lr=self.config.learning_rate)
+        adam = torch.optim.Adam(list(dense.values()), lr=self.config.learning_rate, fused=True)
         average = Average(dense, self.config.average)
         average.train()
         steps = 0

@@ -77,7 +77,9 @@ class Learner:
         )
         fused = {id(p) for p in model.tables.parameters()}
         self.dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
-        self.adam = torch.optim.Adam(list(self.dense.values()), lr=self.config.learning_rate)
+        self.adam = torch.optim.Adam(
+            list(self.dense.values()), lr=self.config.learning_rate, fused=True
+        )
         self.average = Average(self.dense, self.config.average)
         self.parent: nn.Module | None = None
 
