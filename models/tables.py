@@ -36,7 +36,7 @@ class TableConfig:
         dim: D, of every table.
         rows: vocabulary -> rows of its table, where it differs from the default.
         default_rows: of the other tables.
-        item_rows: of the `item` table.
+        item_rows: of the `item` table. 1: no item is told from another by its id.
         learning_rate: of row-wise Adagrad.
         init_scale: rows start uniform in +-init_scale. Large: what is learned from embeddings is
             mostly products of two of them, which start flat where both are near 0.

@@ -32,7 +32,8 @@ class TrainingConfig:
     """One day's training.
 
     Args:
-        epochs: passes over the day. One: single-id embeddings overfit when they see a label twice.
+        epochs: passes over the day. One where single ids have embeddings: these overfit when they see a
+            label twice.
         learning_rate: of Adam, on everything but the embedding tables (theirs is the model's).
         average: decay of the moving average of the weights per step; 0: none. The average is what is
             scored and published, and training goes on from the weights themselves.
