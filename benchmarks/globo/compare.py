@@ -53,14 +53,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     cli.add_argument("--out", type=Path, required=True, help="where everything is kept")
     cli.add_argument("--peers", type=names, default=["lightgbm"], help=f"of {', '.join(PEERS)}")
-    cli.add_argument("--models", type=names, default=["sequence"], help="presets of ours")
+    cli.add_argument(
+        "--models", type=names, default=["sequence"], help="of ours, by names as in `ours.py`"
+    )
     cli.add_argument("--seeds", type=names, default=["0"], help="of every training")
     cli.add_argument("--tasks", type=names, default=[], help="default: all (FuxiCTR: the clicks)")
     cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
     cli.add_argument(
         "--tuning-share", type=float, default=0.25, help="of those, for trials of peers"
     )
-    cli.add_argument("--epochs", type=int, help="passes of ours over a day, if not the preset's")
+    cli.add_argument("--first", default=Split().train[0], help="day to train from")
     cli.add_argument("--fuxictr", type=Path, help="a clone of github.com/reczoo/FuxiCTR")
     return cli.parse_args(argv)
 
@@ -78,7 +80,7 @@ class Comparison:
         self, lake: Lake, dataset: Dataset, args: argparse.Namespace, split: Split | None = None
     ) -> None:
         self.lake, self.dataset, self.args = lake, dataset, args
-        self.split = split or Split()
+        self.split = split or Split(train=(args.first, Split().train[1]))
         known = [t.name for t in dataset.tasks]
         self.tasks = args.tasks or known
         for name in self.tasks:
@@ -171,10 +173,7 @@ class Comparison:
     def _ours(self, model: str, seed: int) -> Result:
         from benchmarks.globo.ours import Ours
 
-        ours = Ours(
-            self.lake, self.dataset, model, self.split, share=self.args.share,
-            epochs=self.args.epochs,
-        )  # fmt: skip
+        ours = Ours(self.lake, self.dataset, model, self.split, share=self.args.share)
 
         def train() -> Any:
             print(f"{model} seed {seed}", flush=True)

@@ -1,4 +1,11 @@
-"""Our own models in the comparison: a preset, trained day by day in one pass, then frozen and scored."""
+"""Our own models in the comparison: a preset, trained day by day, then frozen and scored.
+
+A name is a preset and what is changed of it, `<preset>[:<histories>][:<field>=<value>]...`: histories
+of `histories.py`; fields of the model's configuration, or of its training where they begin with
+`training.`; dotted into what is inside them, tuples by comma.
+
+    sequence   sequence:shuffled   hybrid:layers=1   sum:mix.sizes=12,6   hybrid:training.epochs=1
+"""
 
 from __future__ import annotations
 
@@ -13,14 +20,14 @@ from torch import Tensor
 
 from benchmarks.globo.data import Split, rows_of, shown_on
 from benchmarks.globo.histories import HISTORIES
-from benchmarks.globo.results import PARTS, Predictions, joined
+from benchmarks.globo.results import PARTS, Predictions, joined, of_scored
 from feature_store.errors import SpecError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from jobs.training.config import to_plain
 from jobs.training.ids import seed_of
 from jobs.training.loader import cuts
-from jobs.training.loop import Learner, Scored, choose_device, score, train
+from jobs.training.loop import Learner, choose_device, score, train
 from jobs.training.presets import Preset, preset
 from models.batch import Batch
 from models.features import feature_plan
@@ -47,27 +54,30 @@ class Ours:
 
     Args:
         lake, dataset: where the rows are.
-        model: name of its preset.
+        model: its name.
         split: of the days.
         share: of all users.
-        epochs: passes over each day, if other than the preset's.
+
+    Raises:
+        SpecError: the name does not make a model.
     """
 
     def __init__(
-        self, lake: Lake, dataset: Dataset, model: str, split: Split, *, share: float,
-        epochs: int | None,
-    ) -> None:  # fmt: skip
-        # `sequence:stale`, `sequence:shuffled`: the preset on other histories
-        name, _, histories = model.partition(":")
-        if histories not in ("", *HISTORIES):
-            raise SpecError(
-                f"--models: {model!r} has no such histories; known are {', '.join(HISTORIES)}"
-            )
-        self.histories = HISTORIES.get(histories)
-        found = preset(dataset, name)
-        if epochs is not None:
-            found = replace(found, training=replace(found.training, epochs=epochs))
-        self.preset: Preset = found
+        self, lake: Lake, dataset: Dataset, model: str, split: Split, *, share: float
+    ) -> None:
+        name, *changes = model.split(":")
+        self.preset: Preset = preset(dataset, name)
+        self.histories = None
+        for change in changes:
+            field, given, value = change.partition("=")
+            if given:
+                self.preset = changed(self.preset, field, value)
+            elif change in HISTORIES:
+                self.histories = HISTORIES[change]
+            else:
+                raise SpecError(
+                    f"--models: {model!r} has no histories {change!r}; known are {', '.join(HISTORIES)}"
+                )
         self.lake, self.dataset, self.model, self.split = lake, dataset, model, split
         self.share = share
 
@@ -91,11 +101,13 @@ class Ours:
             )
             seconds += done.seconds
             print(f"  {self.model} seed {seed}: {ds} in {done.seconds:.0f} s", flush=True)
+        names = np.array([t.name for t in self.dataset.tasks])
         found = []
         for part in PARTS:
             for ds in self.split.days(part):
                 scored = score(self.dataset, learner, self._rows(ds, None), config.inference)
-                found.append(_predictions(self.dataset, scored, part, tasks))
+                mine = scored.where(np.isin(names[scored.task], list(tasks)))
+                found.append(of_scored(self.dataset, part, mine))
         return joined(found), {"seconds": seconds, "device": learner.device.type}
 
     def _batches(self, ds: str, seed: int) -> Iterator[Batch]:
@@ -118,14 +130,37 @@ class Ours:
         )  # fmt: skip
 
 
-def _predictions(dataset: Dataset, scored: Scored, part: str, tasks: Sequence[str]) -> Predictions:
-    names = np.array([t.name for t in dataset.tasks])
-    mine = scored.where(np.isin(names[scored.task], list(tasks)))
-    return Predictions(
-        task=names[mine.task],
-        part=np.full(len(mine), part),
-        user_id=mine.user_id,
-        target_id=mine.target_id,
-        label=mine.label,
-        prediction=mine.prediction,
-    )
+def changed(found: Preset, field: str, value: str) -> Preset:
+    """The preset with one field of its model's or of its training's configuration set to `value`.
+
+    Raises:
+        SpecError: there is no such field, or it cannot have that value.
+    """
+    inside = "training" if field.startswith("training.") else found.architecture.value
+    config = getattr(found, inside)
+    if config is None:
+        raise SpecError(f"--models: {found.architecture} has no configuration to change {field} of")
+    try:
+        new = _with(config, field.removeprefix("training.").split("."), value)
+    except (AttributeError, ValueError) as error:
+        raise SpecError(
+            f"--models: {field}={value} cannot be set ({error}); name a field of {type(config).__name__}"
+        ) from error
+    return replace(found, **{inside: new})
+
+
+def _with(config: Any, path: Sequence[str], value: str) -> Any:
+    name, *deeper = path
+    before = getattr(config, name)
+    return replace(config, **{name: _with(before, deeper, value) if deeper else _as(before, value)})
+
+
+def _as(before: Any, value: str) -> Any:
+    """`value` as what `before` is."""
+    if isinstance(before, bool):
+        return bool(int(value))
+    if isinstance(before, tuple):
+        return tuple(_as(before[0] if before else "", x) for x in value.split(","))
+    if isinstance(before, int | float | str):
+        return type(before)(value)  # enums too
+    raise ValueError(f"a {type(before).__name__} is not one value")

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.globo.data import Flat
+from feature_store.spec import Dataset
 from jobs.training.checkpoints import replacing, write_atomically
+from jobs.training.loop import Scored
 
 PARTS = ("validation", "test")
 
@@ -41,6 +43,18 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.label)
+
+
+def of_scored(dataset: Dataset, part: str, scored: Scored) -> Predictions:
+    """What one of our models said, under the name of a part."""
+    return Predictions(
+        task=np.array([t.name for t in dataset.tasks])[scored.task],
+        part=np.full(len(scored), part),
+        user_id=scored.user_id,
+        target_id=scored.target_id,
+        label=scored.label,
+        prediction=scored.prediction,
+    )
 
 
 def predicted(task: str, part: str, rows: Flat, prediction: np.ndarray) -> Predictions:

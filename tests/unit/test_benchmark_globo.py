@@ -15,10 +15,12 @@ from benchmarks.globo.compare import Comparison, arguments
 from benchmarks.globo.data import WINDOW, Flat, Split, concat, flat_day, flatten, rows_of, shown_on
 from benchmarks.globo.encoded import Batches, Encoder, Pad
 from benchmarks.globo.fuxictr_peers import FuxiCtr
+from benchmarks.globo.ours import Ours
 from benchmarks.globo.results import Predictions, Result, Store, trial
 from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
 from feature_store.tables import NO_LABEL
+from models import encoders
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
@@ -294,3 +296,30 @@ def test_what_is_wrong_is_said_with_the_remedy(lake, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="make run"):
         flat_day(empty, SPEC, DAYS[0], share=1.0, folder=tmp_path)
     assert compare.FUXICTR == ("din", "dien", "transact", "bst")
+
+
+def test_a_name_changes_fields_of_a_preset(lake) -> None:
+    def ours(name: str) -> Ours:
+        return Ours(lake, SPEC, name, SPLIT, share=1.0)
+
+    plain = ours("sequence").preset
+    varied = ours(
+        "sequence:stale:layers=2:encoder=hstu:pairs=0:mix.sizes=12,6:mix.interactions=dot:"
+        "tables.item_rows=1:training.epochs=3:training.limits.max_targets=99:training.average=0.5"
+    )
+    shape = varied.preset.sequence
+    assert (shape.layers, shape.encoder, shape.pairs) == (2, encoders.Encoder.HSTU, False)
+    assert shape.mix == replace(plain.sequence.mix, sizes=(12, 6), interactions=("dot",))
+    assert shape.tables == replace(plain.sequence.tables, item_rows=1)
+    limits = replace(plain.training.limits, max_targets=99)
+    assert varied.preset.training == replace(plain.training, epochs=3, average=0.5, limits=limits)
+    assert varied.histories is not None and ours("sequence").histories is None
+    for wrong, says in (
+        ("sequence:backwards", "histories 'backwards'"),
+        ("sequence:depth=2", "depth=2.*SequenceConfig"),
+        ("sequence:layers=two", "layers=two"),
+        ("sum:mix=1", "mix=1.*not one value"),
+        ("sum:training.shift=no", "training.shift=no"),
+    ):
+        with pytest.raises(SpecError, match=says):
+            ours(wrong)
