@@ -1,0 +1,335 @@
+"""What published user embeddings bring to each downstream task, and what is left of it a day later.
+
+    python -m benchmarks.globo.transfer --out DIR [--models sum,sequence] [--seeds 0,1,2] [--tasks ...]
+
+Reads the lake and the snapshots of HEADWATER_HOME: features of the days below, and what each model
+published on the three days before each of them (of day D from the snapshot of D, events before the
+end of D; used on D + 1 it is out of sample). Trains `models.downstream` for one task and one pass on
+6 to 11 October 2017, tests it on the 13th and 14th; the 12th is scored beside them and chooses nothing.
+All users, since the split is in time; where a task has more targets than the budget, a share of them.
+Each arm and seed is a file under --out and is not trained again. Arms, beside context and item:
+
+    flag                whether the first model has published something of the user: a control
+    random_sum          embeddings of an untrained SUM, made and pooled as published ones are: a control
+    aggregates          the hand-made user features
+    context_<model>     the model's embeddings as served: pooled, of the day before
+    aggregates_<model>  both
+
+NE: mean log loss over the entropy of the base rate of the training days. Recovered: the gain of an
+arm over context and item, as a share of what the aggregates gain. The second table is about lags, in
+training and test alike: raw embeddings of 1, 2 and 3 days before, and of models that read events
+those that the snapshot of the day before makes on the fly, of what was available 0 and 1 hours before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.globo import transfer_table as table
+from benchmarks.globo.data import Split
+from benchmarks.globo.results import (
+    PARTS,
+    Predictions,
+    Result,
+    Store,
+    joined,
+    of_scored,
+    write_json,
+)
+from benchmarks.globo.user_sources import Flag, Fresh, RandomSum, Reader, Source, Stored, by_moment
+from feature_store import datasets
+from feature_store.days import shift
+from feature_store.embeddings import EmbeddingKind
+from feature_store.errors import HeadwaterError, SpecError
+from feature_store.lake import Lake
+from feature_store.spec import Dataset, Task
+from jobs.publish_embeddings import POOLED_DAYS
+from jobs.settings import Settings
+from jobs.training.checkpoints import write_atomically
+from jobs.training.co_occurrence import days_read
+from jobs.training.config import to_plain
+from jobs.training.downstream import ArmConfig, Comparison, DownstreamTraining, Loaded, arms
+from jobs.training.ids import int64_ids, seed_of
+from jobs.training.loader import Limits, Users, cuts, labelled_day, labelled_rows
+from jobs.training.presets import preset
+from jobs.training.rows import Rows
+from models.metrics import normalized_entropy
+
+SPLIT = Split(train=("2017-10-06", "2017-10-11"))
+BUDGET = DownstreamTraining(max_train_targets=150_000, max_test_targets=100_000)
+LAGS_DAYS, LAGS_HOURS = (1, 2, 3), (0, 1)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
+    cli = argparse.ArgumentParser(
+        prog="python -m benchmarks.globo.transfer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def names(text: str) -> list[str]:
+        return [x for x in text.split(",") if x]
+
+    cli.add_argument("--out", type=Path, required=True, help="where results are kept")
+    cli.add_argument("--models", type=names, default=["sum", "sequence"], help="that published")
+    cli.add_argument("--seeds", type=names, default=["0", "1", "2"], help="of every training")
+    cli.add_argument("--tasks", type=names, default=[], help="default: all")
+    return cli.parse_args(argv)
+
+
+class TaskData:
+    """The labelled targets of one task by part and day, and what was asked of sources so far.
+
+    Args:
+        lake, dataset, task: whose.
+        pins: {"<table>/<ds>": version} to read at.
+        split, budget: days, and how many targets at most.
+        history: read events too.
+    """
+
+    def __init__(
+        self, lake: Lake, dataset: Dataset, task: Task, pins: dict[str, int], *, split: Split,
+        budget: DownstreamTraining, history: bool,
+    ) -> None:  # fmt: skip
+        self.dataset, self.task, self.budget = dataset, task, budget
+        self._rows: dict[str, dict[str, list[Loaded]]] = {}
+        for part in ("train", *PARTS):
+            days = {
+                ds: labelled_day(
+                    lake, dataset, shift(ds, task.matures_after), tasks=[task.name], inputs=pins
+                )
+                for ds in split.days(part)
+            }
+            total = sum(day.counts().get(task.name, (0, 0))[1] for day in days.values())
+            training = part == "train"
+            cap = budget.max_train_targets if training else budget.max_test_targets
+            limits = Limits(max_targets=budget.batch_targets if training else 4096)
+            self._rows[part] = {
+                ds: [
+                    item
+                    for rows in labelled_rows(
+                        lake, dataset, day.shown, users=Users.ALL, history=history, seed=1,
+                        limits=limits, share=min(1.0, cap / max(total, 1)),
+                    )
+                    for item in loaded(rows, limits)
+                ]
+                for ds, day in days.items()
+            }  # fmt: skip
+        self._found: dict[tuple[str, str], list[Any]] = {}
+
+    def items(self, part: str, sources: Sequence[Source]) -> list[Loaded]:
+        """The batches of a part with the embeddings of `sources`; cut by moment where one of them is."""
+        days = self._rows[part]
+        if any(s.per_moment for s in sources):
+            days = {
+                ds: [replace(item, batch=by_moment(item.batch)) for item in of]
+                for ds, of in days.items()
+            }
+        for source in sources:
+            if (part, source.name) not in self._found:
+                found = [p for ds, of in days.items() if of for p in source.of(ds, of)]
+                self._found[part, source.name] = found
+        batches = [item for of in days.values() for item in of]
+        return [
+            replace(item, published={s.name: self._found[part, s.name][i] for s in sources})
+            for i, item in enumerate(batches)
+        ]
+
+    def comparison(self, part: str, sources: Sequence[Source], seed: int) -> Comparison:
+        """Training on the training days, scoring `part`."""
+        return Comparison(
+            dataset=self.dataset, task=self.task, config=self.budget, seed=seed,
+            training=self.items("train", sources), test=self.items(part, sources),
+        )  # fmt: skip
+
+
+def loaded(rows: Rows, limits: Limits) -> list[Loaded]:
+    """The rows in batches without events: a downstream model reads none. They stay in `Loaded.rows`."""
+    without = replace(
+        rows,
+        event_offsets=np.zeros_like(rows.event_offsets),
+        events={name: values[:0] for name, values in rows.events.items()},
+        targets={**rows.targets, "history_end": np.zeros_like(rows.targets["history_end"])},
+    )
+    return [
+        Loaded(batch=without.batch(lo, hi), published={}, rows=rows, lo=lo, hi=hi)
+        for lo, hi in cuts(rows, limits)
+    ]
+
+
+class Transfer:
+    """Every task, arm and seed that was asked for.
+
+    Args:
+        lake, dataset, settings: of the rows, and where the snapshots are.
+        args: of the command line.
+        split, budget: of the days, and of every training.
+
+    Raises:
+        HeadwaterError: a name is unknown, or a day was not built or published.
+    """
+
+    def __init__(
+        self, lake: Lake, dataset: Dataset, settings: Settings, args: argparse.Namespace, *,
+        split: Split = SPLIT, budget: DownstreamTraining = BUDGET,
+    ) -> None:  # fmt: skip
+        self.lake, self.dataset, self.args = lake, dataset, args
+        self.split, self.budget = split, budget
+        known = [t.name for t in dataset.tasks]
+        for name in args.tasks:
+            if name not in known:
+                raise SpecError(
+                    f"--tasks: {name!r} is none of {', '.join(known)}; name some of these"
+                )
+        if not args.models:
+            raise SpecError("--models is empty: name one or more that published embeddings")
+        self.tasks = [dataset.task(name) for name in args.tasks or known]
+        self.reading_events = [m for m in args.models if preset(dataset, m).history]
+        self.days = [ds for part in ("train", *PARTS) for ds in split.days(part)]
+        users = shown_users(lake, self.days)
+        reader = Reader(lake, users)
+        served = [Stored(reader=reader, model=m) for m in args.models]
+        raw = [
+            Stored(reader=reader, model=m, kind=EmbeddingKind.RAW, lag_days=days)
+            for m in args.models
+            for days in LAGS_DAYS
+        ]
+        fresh = [
+            Fresh(lake=lake, dataset=dataset, settings=settings, model=m, lag_hours=hours)
+            for m in self.reading_events
+            for hours in LAGS_HOURS
+        ]
+        random = RandomSum(
+            lake=lake, dataset=dataset, users=users, first_day=shift(split.train[0], -POOLED_DAYS)
+        )
+        flag = Flag(source=served[0])
+        sources: list[Source] = [*served, *raw, *fresh, random, flag]
+        self.sources = {source.name: source for source in sources}
+        titles = {
+            flag.name: "context and item + whether there is a history",
+            random.name: "context and item + untrained SUM",
+            **{s.name: f"{s.model}, {s.lag_days} d" for s in raw},
+            **{s.name: f"{s.model}, {s.lag_hours} h" for s in fresh},
+        }
+        alone = [
+            ArmConfig(name=name, title=title, user_features=False, sources=(name,))
+            for name, title in titles.items()
+        ]
+        self.arms = [*(a for a in arms(args.models) if len(a.sources) < 2), *alone]
+        self.pins = {name: source.pins(self.days) for name, source in self.sources.items()}
+        self.store = Store(args.out / "transfer")
+
+    def lags(self) -> list[table.Lag]:
+        """The rows of the table of lags."""
+        found = []
+        for model in self.args.models:
+            fresh = LAGS_HOURS if model in self.reading_events else ()
+            found += [table.Lag(model, f"{h} h", f"{model}_{h}h") for h in fresh]
+            found += [table.Lag(model, f"{d} d", f"{model}_raw_{d}d") for d in LAGS_DAYS]
+            found.append(table.Lag(model, "1 d, pooled as served", f"context_{model}"))
+        return found
+
+    def run(self) -> list[Result]:
+        """What is done is read; a task whose arms are all done loads nothing."""
+        pins = {task.name: self.inputs(task) for task in self.tasks}  # before anything is trained
+        found = []
+        for task in self.tasks:
+            data = cache(
+                partial(
+                    TaskData, self.lake, self.dataset, task, pins[task.name], split=self.split,
+                    budget=self.budget, history=bool(self.reading_events),
+                )
+            )  # fmt: skip
+            about = {
+                "inputs": pins[task.name], "spec": self.dataset.hash,
+                "split": asdict(self.split), "budget": to_plain(self.budget),
+            }  # fmt: skip
+            for seed in map(int, self.args.seeds):
+                for arm in self.arms:
+                    read = {name: self.pins[name] for name in arm.sources}
+                    found.append(
+                        self.store.once(
+                            arm.name, [task.name], seed,
+                            {**about, "arm": asdict(arm), "sources": read},
+                            partial(self._train, data, arm, seed),
+                        )
+                    )  # fmt: skip
+        return found
+
+    def inputs(self, task: Task) -> dict[str, int]:
+        """Versions of every partition that the targets of `task` and their labels are read from."""
+        counted = days_read(self.dataset, list(self.lake.partitions("item_aggregates")), self.days)
+        answered = [shift(ds, task.matures_after) for ds in self.days]
+        return {
+            **self.lake.require("examples", self.days),
+            **self.lake.require("labels", answered),
+            **self.lake.require("item_aggregates", counted),
+        }
+
+    def _train(
+        self, data: Callable[[], TaskData], arm: ArmConfig, seed: int
+    ) -> tuple[Predictions, dict[str, Any]]:
+        of, task = data(), data().task
+        sources = [self.sources[name] for name in arm.sources]
+        draw = seed_of("transfer", self.dataset.name, task.name, seed)
+        compared = {part: of.comparison(part, sources, draw) for part in PARTS}
+        begun = time.monotonic()
+        model = compared["test"].train(arm)
+        seconds = time.monotonic() - begun
+        rate = compared["test"].base_rate()
+        found = [
+            of_scored(self.dataset, part, comparison.predict(model, arm))
+            for part, comparison in compared.items()
+        ]
+        test = found[-1]
+        ne = normalized_entropy(test.label, test.prediction, rate)
+        print(f"{task.name} seed {seed}: {arm.name:24} NE {ne:.4f}", flush=True)
+        return joined(found), {"seconds": seconds, "base_rate": rate, "title": arm.title}
+
+
+def shown_users(lake: Lake, days: Sequence[str]) -> np.ndarray:
+    """(n,) int64 ids, ascending, of everyone who has a row of `examples` on one of `days`.
+
+    Raises:
+        MissingPartitionError: a day was not built.
+    """
+    pins = lake.require("examples", days)
+    rows = lake.read("examples", days=days, columns=["user_id"], version=pins)
+    return np.unique(int64_ids(rows["user_id"].combine_chunks()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing and print the tables; they are kept as `table.md` and `table.json` too."""
+    args = arguments(argv)
+    dataset, settings = datasets.get("globo"), Settings.from_env()
+    try:
+        transfer = Transfer(Lake(settings.lake_root, dataset), dataset, settings, args)
+        report(transfer)
+    except HeadwaterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def report(transfer: Transfer) -> None:
+    """Run, print and keep."""
+    lines = table.lines(transfer.run())
+    lags = table.lag_lines(lines, transfer.lags())
+    text = table.markdown(lines, lags)
+    folder = transfer.store.folder
+    write_atomically(folder / "table.md", text.encode())
+    write_json(folder / "table.json", table.plain(lines, lags))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

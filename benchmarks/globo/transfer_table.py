@@ -1,0 +1,220 @@
+"""What embeddings bring, as tables: NE of each arm, and what is left of a gain at each lag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.globo.results import PARTS, Predictions, Result
+from feature_store.errors import DataError
+from jobs.training.downstream import REFERENCE
+from models.metrics import (
+    Interval,
+    bootstrap_ne_differences,
+    finite_or_none,
+    normalized_entropy,
+    shifted_normalized_entropy,
+)
+
+CONTEXT = "context"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One arm of one task; means over its seeds.
+
+    Args:
+        ne: by part.
+        shifted_ne: on the test days, after an intercept shift: a base rate that moved is taken out.
+        difference: NE on the test days less that of context and item, with its 95 % interval by a
+            paired bootstrap over users.
+        recovered, shifted_recovered: the gain over context and item as a share of what the
+            aggregates gain, by NE and by shifted NE; NaN where the aggregates gain nothing.
+    """
+
+    task: str
+    arm: str
+    title: str
+    seeds: int
+    ne: dict[str, float]
+    shifted_ne: float
+    difference: Interval
+    recovered: float
+    shifted_recovered: float
+
+
+class Lag(NamedTuple):
+    """How old a model's embeddings are, and the arm that reads them."""
+
+    model: str
+    age: str
+    arm: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LagLine:
+    """What a model's embeddings of some age gain over context and item: NE, with its 95 % interval.
+
+    Args:
+        of_day, of_fresh: the gain as a share of that at 1 day, and of that at 0 hours; NaN where
+            there is none.
+    """
+
+    task: str
+    model: str
+    age: str
+    arm: str
+    gain: Interval
+    of_day: float
+    of_fresh: float
+
+
+def share(gain: float, whole: float) -> float:
+    """`gain` / `whole`; NaN where `whole` is no gain."""
+    return gain / whole if whole > 0 else float("nan")
+
+
+def lines(results: Sequence[Result]) -> list[Line]:
+    """One for each task and arm, in the order of the results.
+
+    Raises:
+        DataError: two arms were not tested on the same labels.
+    """
+    found = []
+    for task in dict.fromkeys(r.tasks[0] for r in results):
+        arms: dict[str, list[Result]] = {}
+        for result in results:
+            if result.tasks == (task,):
+                arms.setdefault(result.model, []).append(result)
+        found += _of_task(task, arms)
+    return found
+
+
+def _of_task(task: str, arms: dict[str, list[Result]]) -> list[Line]:
+    rate = arms[CONTEXT][0].facts["base_rate"]
+    ne = {
+        arm: {part: _mean(normalized_entropy, of, task, part, rate) for part in PARTS}
+        for arm, of in arms.items()
+    }
+    shifted = {
+        arm: _mean(shifted_normalized_entropy, of, task, "test", rate) for arm, of in arms.items()
+    }
+    differences = _differences(task, arms, rate)
+
+    def recovered(of: dict[str, float], arm: str) -> float:
+        return share(of[CONTEXT] - of[arm], of[CONTEXT] - of[REFERENCE])
+
+    test = {arm: of["test"] for arm, of in ne.items()}
+    return [
+        Line(
+            task=task, arm=arm, title=of[0].facts["title"], seeds=len(of), ne=ne[arm],
+            shifted_ne=shifted[arm], difference=differences[arm],
+            recovered=recovered(test, arm), shifted_recovered=recovered(shifted, arm),
+        )
+        for arm, of in arms.items()
+    ]  # fmt: skip
+
+
+def _mean(metric: Any, results: Sequence[Result], task: str, part: str, rate: float) -> float:
+    found = [r.predictions.of(task, part) for r in results]
+    return float(np.mean([metric(p.label, p.prediction, rate) for p in found]))
+
+
+def _differences(task: str, arms: dict[str, list[Result]], rate: float) -> dict[str, Interval]:
+    """Each arm less context and item. A user who is drawn is drawn with the rows of all seeds, so
+    that the difference is the mean over them."""
+    context = _seeds(arms[CONTEXT], task)
+    pairs = {}
+    for arm, results in arms.items():
+        mine = _seeds(results, task)
+        same = np.array_equal(mine.target_id, context.target_id)
+        if not same or not np.array_equal(mine.label, context.label):
+            raise DataError(
+                f"{task}: {arm} and {CONTEXT} were tested on different labels ({len(mine)} and "
+                f"{len(context)}): delete the older of the two results"
+            )
+        pairs[arm] = (mine.prediction, context.prediction)
+    return bootstrap_ne_differences(context.label, pairs, context.user_id, rate)
+
+
+def _seeds(results: Iterable[Result], task: str) -> Predictions:
+    """The test rows of every seed, one after the other."""
+    parts = [r.predictions.of(task, "test") for r in sorted(results, key=lambda r: r.seed)]
+    return Predictions(
+        **{k: np.concatenate([getattr(p, k) for p in parts]) for k in parts[0].__dict__}
+    )
+
+
+def lag_lines(found: Sequence[Line], lags: Sequence[Lag]) -> list[LagLine]:
+    """One for each task and lag."""
+    out = []
+    for task in dict.fromkeys(line.task for line in found):
+        gains = {line.arm: _gain(line.difference) for line in found if line.task == task}
+        whole = {(lag.model, lag.age): gains[lag.arm].mean for lag in lags}
+        for lag in lags:
+            gain = gains[lag.arm]
+            out.append(
+                LagLine(
+                    task=task, model=lag.model, age=lag.age, arm=lag.arm, gain=gain,
+                    of_day=share(gain.mean, whole[lag.model, "1 d"]),
+                    of_fresh=share(gain.mean, whole.get((lag.model, "0 h"), float("nan"))),
+                )
+            )  # fmt: skip
+    return out
+
+
+def _gain(difference: Interval) -> Interval:
+    return Interval(mean=-difference.mean, low=-difference.high, high=-difference.low)
+
+
+def plain(found: Sequence[Line], lags: Sequence[LagLine]) -> dict[str, Any]:
+    """Both tables as JSON-ready values; None where a number does not exist."""
+    return {"arms": [_plain(asdict(x)) for x in found], "lags": [_plain(asdict(x)) for x in lags]}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return finite_or_none(value) if isinstance(value, float) else value
+
+
+def markdown(found: Sequence[Line], lags: Sequence[LagLine]) -> str:
+    """Two tables for each task. Arms that only the table of lags is about are left to it."""
+    out = []
+    only_lags = {y.arm for y in lags} - {f"context_{y.model}" for y in lags}
+    for task in dict.fromkeys(line.task for line in found):
+        out += [
+            f"\n### {task}\n",
+            "| arm | NE validation | NE test | to context and item, 95 % | recovered | NE test, shifted "
+            "| recovered, shifted | seeds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for x in (x for x in found if x.task == task and x.arm not in only_lags):
+            difference = "" if x.arm == CONTEXT else _interval(x.difference)
+            out.append(
+                f"| {x.title} | {x.ne['validation']:.4f} | {x.ne['test']:.4f} | {difference} | "
+                f"{_percent(x.recovered)} | {x.shifted_ne:.4f} | {_percent(x.shifted_recovered)} | "
+                f"{x.seeds} |"
+            )
+        out += [
+            "\n| model | age of its embeddings | gain over context and item, 95 % | of that at 1 d "
+            "| of that at 0 h |",
+            "|---|---|---|---|---|",
+        ]
+        for y in (y for y in lags if y.task == task):
+            out.append(
+                f"| {y.model} | {y.age} | {_interval(y.gain)} | {_percent(y.of_day)} | "
+                f"{_percent(y.of_fresh)} |"
+            )
+    return "\n".join(out).lstrip() + "\n"
+
+
+def _interval(found: Interval) -> str:
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if np.isfinite(value) else "-"
