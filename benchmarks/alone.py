@@ -1,0 +1,242 @@
+"""A downstream model that reads context, item and one upstream model's embeddings alone.
+
+In rounds: it trains on the targets of some days, each with the embeddings of the day before it, and
+is tested on the day after them. Training leaves the held-out users out, as the pipeline's does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.globo.results import Predictions, Result, write_json
+from feature_store.days import shift
+from feature_store.embeddings import UserEmbeddings
+from feature_store.errors import DataError
+from feature_store.lake import Lake
+from feature_store.spec import Dataset, Task
+from feature_store.tables import NO_LABEL
+from jobs.training.checkpoints import write_atomically
+from jobs.training.config import to_plain
+from jobs.training.downstream import ArmConfig, Comparison, DownstreamTraining, Loaded, load
+from jobs.training.ids import seed_of
+from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
+from jobs.training.loop import Scored
+from jobs.training.rows import Rows
+from models.metrics import Interval, entropy, normalized_entropy, row_logloss
+
+BUDGET = DownstreamTraining(max_train_targets=150_000, max_test_targets=100_000)
+ROUNDS = 4  # newest ones
+ALL_TASKS = "mean over the tasks"
+_SOURCE = "upstream"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """Days shown: those trained on, ascending, of which the last is the day before the test's."""
+
+    training: tuple[str, ...]
+    test: str
+
+    @property
+    def served(self) -> str:
+        """The day whose embeddings the test's targets are served."""
+        return self.training[-1]
+
+
+def budget() -> dict[str, Any]:
+    """What a result depends on beside the lake and the upstream model."""
+    return {**to_plain(BUDGET), "rounds": ROUNDS}
+
+
+def rounds(lake: Lake, dataset: Dataset, task: Task, embedded: Collection[str]) -> list[Round]:
+    """The newest rounds that `task` has labels for.
+
+    Args:
+        embedded: days that have embeddings.
+
+    Raises:
+        DataError: there is none.
+    """
+    labels = lake.partitions("labels")
+    usable = {
+        ds
+        for ds in lake.partitions("examples")
+        if shift(ds, task.matures_after) in labels and shift(ds, -1) in embedded
+    }
+    found = []
+    for test in sorted(usable):
+        days = [shift(test, -i) for i in range(BUDGET.train_days, 0, -1)]
+        training = tuple(ds for ds in days if ds in usable)
+        if len(training) >= BUDGET.min_train_days and training[-1] == days[-1]:
+            found.append(Round(training=training, test=test))
+    if not found:
+        raise DataError(
+            f"task {task.name} has {len(usable)} days with labels and embeddings of the day before: "
+            f"{BUDGET.min_train_days + 1} in a row are needed; build more days"
+        )
+    return found[-ROUNDS:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRows:
+    """Decoded rows of a round: of the days trained on, by day, and of the test day."""
+
+    training: dict[str, list[Rows]]
+    test: list[Rows]
+
+
+def decode(lake: Lake, dataset: Dataset, task: Task, days: Round) -> RoundRows:
+    """The labelled rows of a round, of a share of the users where there are too many targets."""
+
+    def rows(shown: Sequence[str], users: Users, most: int) -> dict[str, list[Rows]]:
+        found = {
+            ds: labelled_day(lake, dataset, shift(ds, task.matures_after), tasks=[task.name])
+            for ds in shown
+        }
+        total = sum(day.counts().get(task.name, (0, 0))[1] for day in found.values())
+        share = min(1.0, most / max(total, 1))
+        return {
+            ds: list(
+                labelled_rows(
+                    lake, dataset, day.shown, users=users, history=False, user_features=False,
+                    seed=1, share=share,
+                )
+            )
+            for ds, day in found.items()
+        }  # fmt: skip
+
+    return RoundRows(
+        training=rows(days.training, Users.TRAINING, BUDGET.max_train_targets),
+        test=rows((days.test,), Users.ALL, BUDGET.max_test_targets)[days.test],
+    )
+
+
+def with_embeddings(decoded: Sequence[Rows], embeddings: UserEmbeddings | None) -> list[Loaded]:
+    """Batches that have targets, with the embeddings of their users; None: without any."""
+    sources = {} if embeddings is None else {_SOURCE: embeddings}
+    found = load(decoded, sources, Limits(max_targets=BUDGET.batch_targets))
+    return [item for item in found if item.batch.targets]
+
+
+def fit(
+    dataset: Dataset, task: Task, training: Sequence[Loaded], *, seed: int
+) -> Callable[[Sequence[Loaded]], Scored]:
+    """Train on batches that all have, or all lack, embeddings; what it gives predicts such batches."""
+
+    def comparison(test: Sequence[Loaded]) -> Comparison:
+        return Comparison(
+            dataset=dataset, task=task, config=BUDGET, training=training, test=test,
+            seed=seed_of("downstream", dataset.name, task.name, seed),
+        )  # fmt: skip
+
+    arm = ArmConfig(
+        name="alone", title="alone", user_features=False, sources=tuple(training[0].published)
+    )
+    model = comparison([]).train(arm)
+    return lambda test: comparison(test).predict(model, arm)
+
+
+def label_counts(dataset: Dataset, task: Task, rows: Mapping[str, Sequence[Rows]]) -> np.ndarray:
+    """(2,) int64: positives and labels of `task` in the rows of some days."""
+    index = [t.name for t in dataset.tasks].index(task.name)
+    labels = np.concatenate([r.labels[:, index] for of_day in rows.values() for r in of_day])
+    return np.array([(labels == 1).sum(), (labels != NO_LABEL).sum()])
+
+
+def predictions_of(task: Task, part: str, scored: Scored) -> Predictions:
+    """`scored`, under the name of a part."""
+    return Predictions(
+        task=np.full(len(scored), task.name),
+        part=np.full(len(scored), part),
+        user_id=scored.user_id,
+        target_id=scored.target_id,
+        label=scored.label,
+        prediction=scored.prediction,
+    )
+
+
+class Pair(NamedTuple):
+    """Predictions of the same labels, by target, and the base rate that both were trained on."""
+
+    mine: Predictions
+    other: Predictions
+    base_rate: float
+
+
+def mean_ne_difference(pairs: Sequence[Pair], *, samples: int = 1000, seed: int = 0) -> Interval:
+    """NE of `mine` less NE of `other`, averaged over the pairs, with its 95 % interval.
+
+    A paired bootstrap as in `models.metrics.bootstrap_ne_differences`; a user is drawn in all pairs
+    at once, since tasks and seeds share users.
+
+    Raises:
+        DataError: a pair was tested on different labels.
+    """
+    for mine, other, _ in pairs:
+        same = np.array_equal(mine.target_id, other.target_id)
+        if not same or not np.array_equal(mine.label, other.label):
+            raise DataError(
+                f"predictions of {len(mine)} and {len(other)} labels are not of the same ones: delete the "
+                "older of the two results"
+            )
+    users, place = np.unique(np.concatenate([p.mine.user_id for p in pairs]), return_inverse=True)
+    of = np.split(place, np.cumsum([len(p.mine) for p in pairs])[:-1])
+    lost = [
+        (row_logloss(a.label, a.prediction) - row_logloss(b.label, b.prediction)) / entropy(rate)
+        for a, b, rate in pairs
+    ]
+    n = len(users)
+    sums = np.stack([np.bincount(u, x, minlength=n) for u, x in zip(of, lost, strict=True)], axis=1)
+    rows = np.stack([np.bincount(u, minlength=n) for u in of], axis=1).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    draws = np.empty(samples)
+    for i in range(samples):
+        weight = np.bincount(rng.integers(n, size=n), minlength=n)
+        draws[i] = ((weight @ sums) / (weight @ rows)).mean()
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(
+        mean=float((sums.sum(0) / rows.sum(0)).mean()), low=float(low), high=float(high)
+    )
+
+
+def difference(
+    mine: Sequence[Result],
+    part: str,
+    other: Sequence[Result],
+    other_part: str,
+    base_rates: Mapping[str, float],
+) -> Interval:
+    """NE of a part of `mine` less NE of a part of `other`, averaged over the tasks of `base_rates` and
+    the seeds that both have."""
+    seeds = {result.seed: result for result in other}
+    return mean_ne_difference(
+        [
+            Pair(a.predictions.of(task, part), seeds[a.seed].predictions.of(task, other_part), rate)
+            for a in mine
+            if a.seed in seeds
+            for task, rate in base_rates.items()
+        ]
+    )
+
+
+def mean_ne(results: Sequence[Result], part: str, base_rates: Mapping[str, float]) -> float:
+    """NE of a part, averaged over the tasks of `base_rates` and over seeds."""
+    found = [(r.predictions.of(t, part), rate) for r in results for t, rate in base_rates.items()]
+    return float(np.mean([normalized_entropy(p.label, p.prediction, rate) for p, rate in found]))
+
+
+def text(found: Interval) -> str:
+    """For a cell of a table."""
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def write_table(folder: Path, table: str, values: Any) -> None:
+    """Print the table, and keep it as `table.md` and its values as `table.json`."""
+    write_atomically(folder / "table.md", table.encode())
+    write_json(folder / "table.json", values)
+    print(table)
