@@ -172,7 +172,7 @@ def cells(results: Sequence[Result]) -> list[Cell]:
 def markdown(found: Sequence[Cell], dataset: Dataset) -> str:
     """A matrix for each task: context's row holds its NE, the others' the difference to it."""
     columns = list(dict.fromkeys(cell.domain for cell in found))
-    out = []
+    out = [f"Seeds: {found[0].seeds}. Intervals are over users, not over trainings."]
     for task in dict.fromkeys(cell.task for cell in found):
         out += [
             f"\n### {task}\n",
@@ -186,7 +186,7 @@ def markdown(found: Sequence[Cell], dataset: Dataset) -> str:
                 for name, c in of.items()
             }
             out.append(f"| {model} | {' | '.join(texts.get(c, '') for c in columns)} |")
-    return "\n".join(out).lstrip() + "\n"
+    return "\n".join(out) + "\n"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

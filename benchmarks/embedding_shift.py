@@ -213,6 +213,7 @@ def markdown(found: Sequence[Line]) -> str:
     """How far the embeddings move, and a table of NE per task."""
     first = [line for line in found if line.task == found[0].task]
     out = [
+        f"Seeds: {first[0].seeds}. Intervals are over users, not over trainings.\n",
         "### Embeddings of the same users, from one day to the next\n",
         "| embeddings | cosine | L2 / norm | cosine, same features | L2 / norm, same features | upstream NE |",
         "|---|---|---|---|---|---|",
