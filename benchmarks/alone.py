@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.globo.results import Predictions, Result, write_json
+from benchmarks.globo.results import Predictions, Result, same_labels, write_json
 from feature_store.days import shift
 from feature_store.embeddings import UserEmbeddings
 from feature_store.errors import DataError
@@ -178,8 +178,7 @@ def mean_ne_difference(pairs: Sequence[Pair], *, samples: int = 1000, seed: int 
         DataError: a pair was tested on different labels.
     """
     for mine, other, _ in pairs:
-        same = np.array_equal(mine.target_id, other.target_id)
-        if not same or not np.array_equal(mine.label, other.label):
+        if not same_labels(mine, other):
             raise DataError(
                 f"predictions of {len(mine)} and {len(other)} labels are not of the same ones: delete the "
                 "older of the two results"
@@ -228,11 +227,6 @@ def mean_ne(results: Sequence[Result], part: str, base_rates: Mapping[str, float
     """NE of a part, averaged over the tasks of `base_rates` and over seeds."""
     found = [(r.predictions.of(t, part), rate) for r in results for t, rate in base_rates.items()]
     return float(np.mean([normalized_entropy(p.label, p.prediction, rate) for p, rate in found]))
-
-
-def text(found: Interval) -> str:
-    """For a cell of a table."""
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 def write_table(folder: Path, table: str, values: Any) -> None:

@@ -33,11 +33,10 @@ from benchmarks.alone import (
     mean_ne,
     predictions_of,
     rounds,
-    text,
     with_embeddings,
     write_table,
 )
-from benchmarks.globo.results import Predictions, Result, Store, joined
+from benchmarks.globo.results import Predictions, Result, Store, interval_text, joined
 from benchmarks.progressive import Progressive, published
 from feature_store import datasets
 from feature_store.days import shift
@@ -182,7 +181,7 @@ def markdown(found: Sequence[Cell], dataset: Dataset) -> str:
         for model in dict.fromkeys(cell.model for cell in found):
             of = {c.domain: c for c in found if (c.task, c.model) == (task, model)}
             texts = {
-                name: f"NE {c.ne:.4f}" if model == CONTEXT else text(c.to_context)
+                name: f"NE {c.ne:.4f}" if model == CONTEXT else interval_text(c.to_context)
                 for name, c in of.items()
             }
             out.append(f"| {model} | {' | '.join(texts.get(c, '') for c in columns)} |")
@@ -211,9 +210,7 @@ def run(settings: Settings, dataset: Dataset, args: argparse.Namespace) -> list[
         for seed in map(int, args.seeds.split(",")):
             name = ALL if model == CONTEXT else model
             progressive = Progressive(settings, dataset, name, seed=seed, out=args.out)
-            train = partial(
-                measure, progressive, seed=seed, embeddings=model != CONTEXT
-            )  # fmt: skip
+            train = partial(measure, progressive, seed=seed, embeddings=model != CONTEXT)
             about = {"upstream": progressive.config(), "downstream": budget()}
             found.append(store.once(model, tasks, seed, about, train))
     return found

@@ -42,11 +42,10 @@ from benchmarks.alone import (
     mean_ne,
     predictions_of,
     rounds,
-    text,
     with_embeddings,
     write_table,
 )
-from benchmarks.globo.results import Predictions, Result, Store, joined
+from benchmarks.globo.results import Predictions, Result, Store, interval_text, joined
 from benchmarks.progressive import Embedded, Progressive, published
 from feature_store import datasets
 from feature_store.days import shift
@@ -232,7 +231,7 @@ def markdown(found: Sequence[Line]) -> str:
         for line in (x for x in found if x.task == task):
             ne = " | ".join(f"{line.ne[side]:.4f}" for side in (TRAINING, SERVED, HELD))
             differences = (line.cost, line.to_none[TRAINING], line.to_none[SERVED])
-            cells = " | ".join(text(d) for d in differences)
+            cells = " | ".join(interval_text(d) for d in differences)
             out.append(f"| {line.model} {line.kind} | {ne} | {cells} |")
     return "\n".join(out) + "\n"
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.globo import table
 from benchmarks.globo.data import Flat, Split, concat, flat_day
-from benchmarks.globo.results import Result, Store, write_json
+from benchmarks.globo.results import Result, Store, listed, write_json
 from feature_store import datasets
 from feature_store.errors import HeadwaterError, SpecError
 from feature_store.lake import Lake
@@ -48,16 +48,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def names(text: str) -> list[str]:
-        return [x for x in text.split(",") if x]
-
     cli.add_argument("--out", type=Path, required=True, help="where everything is kept")
-    cli.add_argument("--peers", type=names, default=["lightgbm"], help=f"of {', '.join(PEERS)}")
+    cli.add_argument("--peers", type=listed, default=["lightgbm"], help=f"of {', '.join(PEERS)}")
     cli.add_argument(
-        "--models", type=names, default=["sequence"], help="of ours, by names as in `ours.py`"
+        "--models", type=listed, default=["sequence"], help="of ours, by names as in `ours.py`"
     )
-    cli.add_argument("--seeds", type=names, default=["0"], help="of every training")
-    cli.add_argument("--tasks", type=names, default=[], help="default: all (FuxiCTR: the clicks)")
+    cli.add_argument("--seeds", type=listed, default=["0"], help="of every training")
+    cli.add_argument("--tasks", type=listed, default=[], help="default: all (FuxiCTR: the clicks)")
     cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
     cli.add_argument(
         "--tuning-share", type=float, default=0.25, help="of those, for trials of peers"

@@ -20,6 +20,7 @@ from benchmarks.globo.data import Flat
 from feature_store.spec import Dataset
 from jobs.training.checkpoints import replacing, write_atomically
 from jobs.training.loop import Scored
+from models.metrics import Interval
 
 PARTS = ("validation", "test")
 
@@ -43,6 +44,22 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.label)
+
+
+def same_labels(one: Predictions, other: Predictions) -> bool:
+    """Whether both are of the same targets with the same labels, in the same order."""
+    same = np.array_equal(one.target_id, other.target_id)
+    return same and np.array_equal(one.label, other.label)
+
+
+def interval_text(found: Interval) -> str:
+    """For a cell of a table."""
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def listed(text: str) -> list[str]:
+    """What a flag lists, separated by commas."""
+    return [x for x in text.split(",") if x]
 
 
 def of_scored(dataset: Dataset, part: str, scored: Scored) -> Predictions:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.globo.results import PARTS, Result
+from benchmarks.globo.results import PARTS, Result, interval_text, same_labels
 from feature_store.errors import DataError
 from models.metrics import auc, bootstrap_ne_differences, normalized_entropy
 
@@ -89,15 +89,14 @@ def _scores(
 
 def _difference(one: Result, other: Result, task: str, base_rate: float) -> str:
     mine, theirs = (r.predictions.of(task, "test") for r in (one, other))
-    same = np.array_equal(mine.target_id, theirs.target_id)
-    if not same or not np.array_equal(mine.label, theirs.label):
+    if not same_labels(mine, theirs):
         raise DataError(
             f"{task}: {one.model} and {other.model} were tested on different labels "
             f"({len(mine)} and {len(theirs)}): delete the older of the two results"
         )
     pair = {"it": (mine.prediction, theirs.prediction)}
     found = bootstrap_ne_differences(mine.label, pair, mine.user_id, base_rate)["it"]
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    return interval_text(found)
 
 
 def markdown(found: Sequence[Line]) -> str:

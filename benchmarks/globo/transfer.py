@@ -42,6 +42,7 @@ from benchmarks.globo.results import (
     Result,
     Store,
     joined,
+    listed,
     of_scored,
     write_json,
 )
@@ -77,13 +78,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def names(text: str) -> list[str]:
-        return [x for x in text.split(",") if x]
-
     cli.add_argument("--out", type=Path, required=True, help="where results are kept")
-    cli.add_argument("--models", type=names, default=["sum", "sequence"], help="that published")
-    cli.add_argument("--seeds", type=names, default=["0", "1", "2"], help="of every training")
-    cli.add_argument("--tasks", type=names, default=[], help="default: all")
+    cli.add_argument("--models", type=listed, default=["sum", "sequence"], help="that published")
+    cli.add_argument("--seeds", type=listed, default=["0", "1", "2"], help="of every training")
+    cli.add_argument("--tasks", type=listed, default=[], help="default: all")
     return cli.parse_args(argv)
 
 

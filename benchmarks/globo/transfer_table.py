@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.globo.results import PARTS, Predictions, Result
+from benchmarks.globo.results import PARTS, Predictions, Result, interval_text, same_labels
 from feature_store.errors import DataError
 from jobs.training.downstream import REFERENCE
 from models.metrics import (
@@ -130,8 +130,7 @@ def _differences(task: str, arms: dict[str, list[Result]], rate: float) -> dict[
     pairs = {}
     for arm, results in arms.items():
         mine = _seeds(results, task)
-        same = np.array_equal(mine.target_id, context.target_id)
-        if not same or not np.array_equal(mine.label, context.label):
+        if not same_labels(mine, context):
             raise DataError(
                 f"{task}: {arm} and {CONTEXT} were tested on different labels ({len(mine)} and "
                 f"{len(context)}): delete the older of the two results"
@@ -193,7 +192,7 @@ def markdown(found: Sequence[Line], lags: Sequence[LagLine]) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for x in (x for x in found if x.task == task and x.arm not in only_lags):
-            difference = "" if x.arm == CONTEXT else _interval(x.difference)
+            difference = "" if x.arm == CONTEXT else interval_text(x.difference)
             out.append(
                 f"| {x.title} | {x.ne['validation']:.4f} | {x.ne['test']:.4f} | {difference} | "
                 f"{_percent(x.recovered)} | {x.shifted_ne:.4f} | {_percent(x.shifted_recovered)} | "
@@ -206,14 +205,10 @@ def markdown(found: Sequence[Line], lags: Sequence[LagLine]) -> str:
         ]
         for y in (y for y in lags if y.task == task):
             out.append(
-                f"| {y.model} | {y.age} | {_interval(y.gain)} | {_percent(y.of_day)} | "
+                f"| {y.model} | {y.age} | {interval_text(y.gain)} | {_percent(y.of_day)} | "
                 f"{_percent(y.of_fresh)} |"
             )
     return "\n".join(out).lstrip() + "\n"
-
-
-def _interval(found: Interval) -> str:
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 def _percent(value: float) -> str:
