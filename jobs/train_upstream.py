@@ -208,7 +208,8 @@ class UpstreamDay:
             learner = self.learner()
         else:
             fresh = learner.load((self.parents or checkpoints).load(parent.id))
-            learner.keep_parent()
+            # where a spec has grown, first weights speak in every prediction of the parent
+            learner.keep_parent([] if fresh else parent.trained_tasks())
         seed = seed_of("train", self.dataset.name, self.model, ds)
 
         def batches(epoch: int, skip: int) -> Any:

@@ -92,13 +92,15 @@ class Ours:
         torch.manual_seed(seed_of("init", self.dataset.name, self.model, seed))
         learner = self._learner()
         seconds = 0.0
+        trained: set[str] = set()
         for ds in self.split.days("train"):
-            learner.keep_parent()
+            learner.keep_parent(trained)
             done = train(
                 learner,
                 lambda epoch, skip, ds=ds: self._batches(ds, seed_of(ds, self.model, seed, epoch)),
                 seed=seed_of("train", ds, self.model, seed),
             )
+            trained |= {t.name for t, n in zip(self.dataset.tasks, done.labels, strict=True) if n}
             seconds += done.seconds
             print(f"  {self.model} seed {seed}: {ds} in {done.seconds:.0f} s", flush=True)
         names = np.array([t.name for t in self.dataset.tasks])

@@ -68,6 +68,10 @@ class Snapshot:
         """Task -> share of positives among the labels trained on; tasks with both answers only."""
         return {t: p / n for t, (p, n) in self.label_counts.items() if 0 < p < n}
 
+    def trained_tasks(self) -> list[str]:
+        """Tasks that it, or a snapshot before it, saw a label of."""
+        return [t for t, (_, n) in self.label_counts.items() if n]
+
 
 class Checkpoints:
     """The snapshots of one model.

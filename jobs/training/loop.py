@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,11 +82,16 @@ class Learner:
         )
         self.average = Average(self.dense, self.config.average)
         self.parent: nn.Module | None = None
+        self.parent_knows = torch.zeros(len(dataset.tasks), dtype=torch.bool, device=device)
 
-    def keep_parent(self) -> None:
+    def keep_parent(self, tasks: Collection[str]) -> None:
         """The weights as they are now are the parent's, for the rest of the day's training.
 
         Without a shift term nothing is kept.
+
+        Args:
+            tasks: that it was trained on. Of the others its predictions are those of first weights, and
+                distillation leaves them out.
         """
         if self.config.shift == Shift.NONE:
             return
@@ -94,6 +99,8 @@ class Learner:
         parent = self.preset.build(self.dataset, self.device).eval().requires_grad_(False)
         parent.load_state_dict(self.model.state_dict())
         self.parent = parent
+        knows = [task.name in tasks for task in self.dataset.tasks]
+        self.parent_knows = torch.tensor(knows, device=self.device)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.device.type == "cuda":
@@ -142,6 +149,7 @@ class Learner:
             return embedding_shift(found.users, users)
         with torch.no_grad(), self._precision():
             before = parent(batch)
+        labels = torch.where(self.parent_knows, labels, NO_LABEL)
         return distillation(found, before, labels, self.task_weights)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,8 +73,8 @@ def whole(lake: MemoryLake, tmp_path_factory) -> Run:
     parents: list[str] = []
     keep = Learner.keep_parent
 
-    def seen(self: Learner) -> None:
-        keep(self)
+    def seen(self: Learner, tasks: Collection[str]) -> None:
+        keep(self, tasks)
         if self.parent is not None:
             parents.append(state_hash(self.parent.state_dict()))
 

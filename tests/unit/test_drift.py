@@ -32,6 +32,7 @@ TABLES = TableConfig(dim=8, default_rows=64, item_rows=128)
 MODELS = ("sum", "sequence", "hybrid")
 SHIFTS = (Shift.REGULARISE, Shift.DISTIL)
 PARENT = random_batch(SPEC, rows=24, seed=1)
+TASKS = [t.name for t in SPEC.tasks]
 DAY = [random_batch(SPEC, rows=12, seed=s) for s in range(2, 12)]
 
 
@@ -63,7 +64,7 @@ def started(model: str, **training: Any) -> Learner:
     """A learner at the start of a day that has a parent."""
     learner = fresh(model, **training)
     learner.load(parent_state(model))
-    learner.keep_parent()
+    learner.keep_parent(TASKS)
     return learner
 
 
@@ -215,6 +216,23 @@ def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_distillation_leaves_out_what_the_parent_was_never_trained_on(model: str) -> None:
+    """Its answer there is a guess of a half."""
+
+    def weights_with(known: list[str], weight: float) -> dict[str, Tensor]:
+        learner = fresh(model, shift=Shift.DISTIL, shift_weight=weight)
+        learner.load(parent_state(model))
+        learner.keep_parent(known)
+        train(learner, batches, seed=3)
+        return {n: w.clone() for n, w in learner.weights().items()}
+
+    alone, none = weights_with(TASKS, 0.0), weights_with([], 100.0)
+    both, one = weights_with(TASKS, 100.0), weights_with(TASKS[:1], 100.0)
+    assert state_hash(none) == state_hash(alone)
+    assert len({state_hash(w) for w in (alone, both, one)}) == 3
+
+
 def test_a_feature_that_the_parent_lacks_looks_back_at_its_first_values() -> None:
     """After a spec has grown: the parent is what the day starts from, new weights included."""
     learner = fresh("sum", shift=Shift.REGULARISE)
@@ -224,7 +242,7 @@ def test_a_feature_that_the_parent_lacks_looks_back_at_its_first_values() -> Non
     with torch.no_grad():
         learner.weights()[name].fill_(0.5)
     assert learner.load(state) == [name]
-    learner.keep_parent()
+    learner.keep_parent([])
     assert learner.parent is not None
     assert (learner.parent.state_dict()[name] == 0.5).all()
 
