@@ -36,7 +36,7 @@ def multi_task_loss(
     """Sum over tasks of weight x mean logloss over the targets that have a label.
 
     Args:
-        logits: (T, n_tasks) float.
+        logits: (T, n_tasks) float, or (S, T, n_tasks) of S members, whose losses are averaged.
         labels: (T, n_tasks) int; 1, 0 or NO_LABEL, which takes no part.
         weights: (n_tasks,) float; None: all 1.
         answers: (T, n_tasks) float in [0, 1], what the logits should say where there is a label;
@@ -48,7 +48,9 @@ def multi_task_loss(
     known = labels != NO_LABEL
     if answers is None:
         answers = labels.clamp(min=0).to(torch.float32)
+    answers = answers.expand_as(logits)
     losses = F.binary_cross_entropy_with_logits(logits.float(), answers, reduction="none")
+    losses = losses.mean(0) if losses.dim() == 3 else losses
     counts = known.sum(0)
     sums = torch.where(known, losses, torch.zeros_like(losses)).sum(0)
     means = sums / counts.clamp(min=1)

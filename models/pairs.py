@@ -2,7 +2,8 @@
 
 Attention compares a candidate's and an event's embeddings. That does not say what is known about
 the two of them: that they share an id, how often one came after the other so far, how far apart
-their ids are, how old the event is. An MLP reads these per pair and gives
+their ids are, how old the event is. `PairNumbers` gathers these, and an MLP (`PairEncoder`) reads
+them per pair and gives
 
     bias (P, G)    added to the attention's scores: which events this candidate should look at
     related (T, V) log(1 + sum over a target's pairs of exp(value)): a soft maximum that also counts,
@@ -12,6 +13,8 @@ P pairs (targets with their visible events, `models.history.visible_pairs`), T t
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,43 +26,44 @@ from models.numbers import HINGES, Standardise, hinges
 
 _LARGEST = 30.0  # of a value, before exp
 _SECOND_US = 1_000_000
+_NEWEST = 3
+_REDUCED = 5  # ways in which a number of the pairs becomes one of the target
 
 
-class PairEncoder(nn.Module):
-    """What relates a candidate and an event to attention biases and a summary per target.
+class PairInputs(NamedTuple):
+    """of_pairs (P, `PairNumbers.width`), what an MLP reads of each pair; summaries
+    (T, `PairNumbers.summaries`), of all pairs of a target; float32."""
+
+    of_pairs: Tensor
+    summaries: Tensor
+
+
+class PairNumbers(nn.Module):
+    """The numbers of pairs: standardised, and summarised per target. Nothing is learned.
 
     Args:
         plan: the features.
-        heads: G, biases of a pair.
-        width: V, of the summary.
-        hidden: width of the MLP.
     """
 
-    def __init__(self, plan: FeaturePlan, *, heads: int, width: int = 32, hidden: int = 48) -> None:
+    def __init__(self, plan: FeaturePlan) -> None:
         super().__init__()
-        self.plan, self.width = plan, width
+        self.plan = plan
         self.distant = [m for m in plan.matches if plan.ordered_items and m.candidate == ITEM]
+        self.carriers = [m.name for m in plan.matches if m.candidate == ITEM]
         numbers = len(plan.pair_numbers) + len(self.distant) + 2
         self.standardise = Standardise(numbers)
-        self.numbers = nn.Linear(HINGES * numbers + len(plan.matches), hidden)
-        self.stream = nn.Embedding(len(plan.streams), hidden)
-        nn.init.normal_(self.stream.weight, std=0.1)
-        self.hidden = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-        self.bias = nn.Linear(hidden, heads, bias=False)
-        nn.init.zeros_(self.bias.weight)
-        self.value = nn.Linear(hidden, width)
+        self.sums = Standardise(len(plan.pair_numbers))
+        self.width = HINGES * numbers + len(plan.matches)
+        reduced = _REDUCED * numbers + len(plan.pair_numbers)
+        self.summaries = HINGES * reduced if self.carriers else 0
 
-    def forward(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """bias (P, G) and related (T, V)."""
-        numbers = hinges(self.standardise(self._numbers(batch, pairs)))
-        inputs = torch.cat([numbers, self._equal(batch, pairs)], dim=1)
-        stream = self.stream(batch.event_stream.index_select(0, pairs.event))
-        found = self.hidden(self.numbers(inputs) + stream)
-        value = self.value(found).float().clamp(max=_LARGEST).exp()
-        related = value.new_zeros(pairs.queries, value.shape[1]).index_add(0, pairs.query, value)
-        return self.bias(found), related.log1p()
+    def forward(self, batch: Batch, pairs: Pairs) -> PairInputs:
+        """What is known of the pairs and, in sum, of each target."""
+        numbers = self.standardise(self.raw(batch, pairs))
+        of_pairs = torch.cat([hinges(numbers), self._equal(batch, pairs)], dim=1)
+        return PairInputs(of_pairs, self._summaries(batch, pairs, numbers))
 
-    def _numbers(self, batch: Batch, pairs: Pairs) -> Tensor:
+    def raw(self, batch: Batch, pairs: Pairs) -> Tensor:
         """(P, numbers) float32: co-occurrence, distances of ids (NaN where missing), the event's age in
         seconds, and how many visible events are newer."""
         columns = [batch.pair_numbers]
@@ -81,3 +85,68 @@ class PairEncoder(nn.Module):
         for match in self.plan.matches:
             columns.append(equal_ids(batch, pairs, match).to(torch.float32)[:, None])
         return torch.cat(columns, dim=1)
+
+    def _summaries(self, batch: Batch, pairs: Pairs, numbers: Tensor) -> Tensor:
+        """(T, summaries) float32 of the events that carry an item: of each number that of the newest of
+        them, the largest of the 3 newest, the largest, the least and the mean; and sums of what is
+        known of co-occurrence. A sum of lifts is how naive Bayes adds up what the events say."""
+        if not self.carriers:
+            return numbers.new_zeros(pairs.queries, 0)
+        ids = torch.stack([batch.event_ids[name] for name in self.carriers])
+        carries = (ids != -1).any(0).index_select(0, pairs.event)
+        mine = carries.nonzero().squeeze(1)
+        query, values = pairs.query.index_select(0, mine), numbers.index_select(0, mine)
+        counts = torch.bincount(query, minlength=pairs.queries)
+        last = counts.cumsum(0) - 1
+        newer = last.index_select(0, query) - torch.arange(len(query), device=query.device)
+        recent = (newer < _NEWEST).nonzero().squeeze(1)
+        newest = values.new_zeros(pairs.queries, values.shape[1])
+        largest, least = (_extremes(query, values, pairs.queries, how) for how in ("amax", "amin"))
+        lately = _extremes(query[recent], values[recent], pairs.queries, "amax")
+        mean = newest.index_add(0, query, values) / counts.clamp(min=1)[:, None]
+        first_of_all = (newer == 0).nonzero().squeeze(1)
+        newest = newest.index_copy(0, query[first_of_all], values[first_of_all])
+        known = batch.pair_numbers.nan_to_num().index_select(0, mine)
+        sums = known.new_zeros(pairs.queries, known.shape[1]).index_add(0, query, known)
+        found = [newest, lately, largest, least, mean, self.sums(sums)]
+        return hinges(torch.cat(found, dim=1))
+
+
+def _extremes(query: Tensor, values: Tensor, queries: int, how: str) -> Tensor:
+    """(Q, C): the largest or least of each query's values (n, C), 0 where it has none."""
+    index = query[:, None].expand(-1, values.shape[1])
+    empty = values.new_zeros(queries, values.shape[1])
+    return empty.scatter_reduce(0, index, values, how, include_self=False)
+
+
+class PairEncoder(nn.Module):
+    """What relates a candidate and an event to attention biases and a summary per target.
+
+    Args:
+        plan: the features.
+        inputs: of a pair, `PairNumbers.width`.
+        heads: G, biases of a pair.
+        width: V, of the summary.
+        hidden: width of the MLP.
+    """
+
+    def __init__(
+        self, plan: FeaturePlan, inputs: int, *, heads: int, width: int = 32, hidden: int = 48
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.numbers = nn.Linear(inputs, hidden)
+        self.stream = nn.Embedding(len(plan.streams), hidden)
+        nn.init.normal_(self.stream.weight, std=0.1)
+        self.hidden = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+        self.bias = nn.Linear(hidden, heads, bias=False)
+        nn.init.zeros_(self.bias.weight)
+        self.value = nn.Linear(hidden, width)
+
+    def forward(self, batch: Batch, pairs: Pairs, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of inputs (P, inputs): bias (P, G) and related (T, V)."""
+        stream = self.stream(batch.event_stream.index_select(0, pairs.event))
+        found = self.hidden(self.numbers(inputs) + stream)
+        value = self.value(found).float().clamp(max=_LARGEST).exp()
+        related = value.new_zeros(pairs.queries, value.shape[1]).index_add(0, pairs.query, value)
+        return self.bias(found), related.log1p()

@@ -1,8 +1,7 @@
 """The event sequence model: a user's events, summarised for the item that is to be ranked.
 
     events -> event model -> (layers of models.encoders, optional) -> event embeddings, once per row
-    target -> M queries; attention pooling over the target's visible prefix -> M embeddings
-    M embeddings, unpooled, + item and context -> interaction modules -> logits
+    target and its visible prefix of them -> readers (models.reader) -> logits
 
 and for publishing, at a cutoff instead of for a target:
 
@@ -21,22 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import Null, RecencyBias, prefix_attention
 from models.batch import Batch
 from models.clock import DAY_US
 from models.encoders import Encoder, layer
 from models.event import EventEncoder, event_rows
 from models.features import FeaturePlan
-from models.history import (
-    match_numbers,
-    match_width,
-    stream_numbers,
-    target_pairs,
-    visible_pairs,
-)
-from models.numbers import HINGES, Standardise, hinges
+from models.history import stream_numbers, target_pairs, visible_pairs
+from models.numbers import Standardise
 from models.outputs import Outputs
-from models.pairs import PairEncoder
+from models.reader import AttentionPooling, HistoryNumbers, Read, Reader
 from models.tables import TableConfig, Tables
 from models.towers import MixTower, TargetEncoder, TowerConfig, mlp, of_targets
 
@@ -59,6 +51,8 @@ class SequenceConfig:
         encoder: what kind of layer.
         matches: give the interaction the exact counts of `models.history` too.
         pairs: relate the candidate to each event by `models.pairs`, inside the attention and beside it.
+        numbers: width of the MLP that reads what is counted and known beside the attention.
+        members: readers of the history, whose logits are averaged; the cost grows with them.
         mix, user_mix: the interaction modules over the M, and over the K embeddings.
     """
 
@@ -72,6 +66,8 @@ class SequenceConfig:
     encoder: Encoder = Encoder.SOFTMAX
     matches: bool = True
     pairs: bool = True
+    numbers: int = 192
+    members: int = 1
     mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(6,)))
     user_mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,)))
 
@@ -79,70 +75,6 @@ class SequenceConfig:
     def dim(self) -> int:
         """D."""
         return self.tables.dim
-
-
-class AttentionPooling(nn.Module):
-    """Multi-headed attention pooling of a prefix of event embeddings to M embeddings.
-
-    Args:
-        width: E.
-        dim: D, of the M outputs.
-        queries, heads, head_dim: M, H and d.
-    """
-
-    def __init__(self, width: int, dim: int, *, queries: int, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.queries, self.heads, self.head_dim = queries, heads, head_dim
-        self.kv = nn.Linear(width, 2 * heads * head_dim)
-        self.null = nn.Parameter(torch.randn(2, heads, head_dim) * 0.1)
-        self.recency = RecencyBias(heads * queries)
-        self.out = nn.Linear(heads * head_dim, dim)
-
-    @property
-    def query_width(self) -> int:
-        """H M d, of what a target (or a parameter) has to give."""
-        return self.heads * self.queries * self.head_dim
-
-    def forward(
-        self,
-        events: Tensor,
-        query: Tensor,
-        *,
-        batch: Batch,
-        q_offsets: Tensor,
-        end: Tensor,
-        at: Tensor,
-        pair_bias: Tensor | None = None,
-    ) -> Tensor:
-        """Pool.
-
-        Args:
-            events: (N, E).
-            query: (Q, H M d), head-major.
-            q_offsets: (R+1,) int64, the queries of each row.
-            end: (Q,) int64, events of its row that a query sees.
-            at: (Q,) int64 microseconds, now as the query sees it.
-            pair_bias: (P, H M) float, head-major, added to the score of each query and visible event.
-
-        Returns:
-            (Q, M, D).
-        """
-        shape = (self.heads, self.head_dim)
-        k, v = self.kv(events).chunk(2, dim=1)
-        pooled = prefix_attention(
-            query.unflatten(1, (self.heads * self.queries, self.head_dim)),
-            k.unflatten(1, shape),
-            v.unflatten(1, shape),
-            q_offsets=q_offsets,
-            kv_offsets=batch.event_offsets,
-            kv_end=end,
-            recency=self.recency(at, batch.event_time),
-            pair_bias=pair_bias,
-            null=Null(self.null[0], self.null[1]),
-        )
-        # (Q, H M, d) -> (Q, M, H d)
-        pooled = pooled.unflatten(1, (self.heads, self.queries)).transpose(1, 2).flatten(2)
-        return self.out(pooled)
 
 
 class Sequence(nn.Module):
@@ -164,6 +96,8 @@ class Sequence(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        if config.members < 1:
+            raise ValueError(f"members is {config.members}: a history has one reader or more")
         self.plan, self.config = plan, config
         dim, width = config.dim, config.width
         self.user_side = user_side
@@ -177,27 +111,21 @@ class Sequence(nn.Module):
         )
         self.target = TargetEncoder(plan, dim)
 
-        sizes = {"queries": config.queries, "heads": config.heads, "head_dim": config.head_dim}
-        self.pooling = AttentionPooling(width, dim, **sizes)
-        inputs = (self.target.n_tokens + 1) * dim
-        self.query = mlp(inputs, 2 * width, self.pooling.query_width)
-        self.pairs = (
-            PairEncoder(plan, heads=config.heads * config.queries) if config.pairs else None
-        )
-        if self.pairs is not None:
-            self.related = nn.Linear(self.pairs.width, dim)
-        numbers = 2 * len(plan.streams) + match_width(plan) if config.matches else 0
-        self.history = Standardise(numbers)
-        self.history_dense = mlp(HINGES * numbers, 64, dim) if config.matches else None
-        mixed = self.target.n_tokens + config.queries + config.matches + config.pairs
-        self.mix_tower = MixTower(
-            mixed + (0 if user_side is None else user_side.n_tokens),
-            dim,
-            len(plan.tasks),
-            config=config.mix,
+        self.history = HistoryNumbers(plan, config)
+        self.readers = nn.ModuleList(
+            Reader(
+                plan,
+                config,
+                target=self.target,
+                history=self.history,
+                user_tokens=0 if user_side is None else user_side.n_tokens,
+            )
+            for _ in range(config.members)
         )
 
-        self.user_pooling = AttentionPooling(width, dim, **sizes)
+        self.user_pooling = AttentionPooling(
+            width, dim, queries=config.queries, heads=config.heads, head_dim=config.head_dim
+        )
         self.user_query = nn.Parameter(torch.randn(self.user_pooling.query_width) * 0.1)
         self.user_history = Standardise(2 * len(plan.streams))
         user_inputs = config.queries * dim + 2 * len(plan.streams)
@@ -217,36 +145,16 @@ class Sequence(nn.Module):
         embeddings = self.tables([*of_events, *of_items, *of_users])
         first, last = len(of_events), len(of_events) + len(of_items)
         events = self._encode(batch, embeddings[:first])
-        tokens, dense = self.target(batch, embeddings[first:last])
+        numbers = self.target.numbers(batch)
+        tokens, dense = self.target(batch, embeddings[first:last], numbers)
         pairs = target_pairs(batch)
-        mixed, bias = [tokens], None
-        if self.pairs is not None:
-            bias, related = self.pairs(batch, pairs)
-            mixed.append(self.related(related)[:, None])
-        pooled = self.pooling(
-            events,
-            self.query(torch.cat([tokens.flatten(1), dense], dim=1)),
-            batch=batch,
-            q_offsets=batch.target_offsets,
-            end=batch.history_end,
-            at=batch.as_of,
-            pair_bias=bias,
-        )
-        mixed.append(pooled)
-        if self.history_dense is not None:
-            exact = [
-                stream_numbers(batch, pairs, batch.as_of, self.plan),
-                match_numbers(batch, pairs, self.plan),
-            ]
-            counted = hinges(self.history(torch.cat(exact, dim=1)))
-            mixed.append(self.history_dense(counted)[:, None])
-        if self.user_side is not None:
-            mixed.append(self.user_side(batch, embeddings[last:]))
-        logits = self.mix_tower(torch.cat(mixed, dim=1), dense)
+        nightly = None if self.user_side is None else self.user_side(batch, embeddings[last:])
+        read = Read(events, tokens, dense, numbers, nightly, pairs, *self.history(batch, pairs))
+        members = torch.stack([reader(batch, read) for reader in self.readers])
         users = self._users(batch, events, *served_prefix(batch, self.plan))
         expanded = of_targets(batch, users)
         user_logits = self.user_mix_tower(torch.cat([tokens, expanded], dim=1), dense)
-        return Outputs(logits, user_logits, users)
+        return Outputs(members.mean(0), user_logits, users, members)
 
     def user_embeddings(self, batch: Batch, end: Tensor, at: Tensor) -> Tensor:
         """The K embeddings of each row's user at an instant. Reads no target.

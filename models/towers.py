@@ -66,7 +66,8 @@ class TargetEncoder(nn.Module):
         nn.init.normal_(self.kind.weight, std=0.1)
         numbers = len(plan.context_numbers) + len(plan.item_numbers)
         self.standardise = Standardise(numbers)
-        self.dense = mlp(HINGES * numbers + PHASES, hidden, dim)
+        self.width = HINGES * numbers + PHASES
+        self.dense = mlp(self.width, hidden, dim)
         self.n_tokens = len(plan.candidates) + 1
 
     def lookups(self, batch: Batch) -> list[Lookup]:
@@ -74,15 +75,18 @@ class TargetEncoder(nn.Module):
         return [Lookup(c.vocabulary, candidate_ids(batch, c.name)) for c in self.plan.candidates]
 
     def numbers(self, batch: Batch) -> Tensor:
-        """(T, HINGES numbers + PHASES) float32."""
+        """(T, width) float32."""
         context = [batch.context_floats[n][:, None] for n in self.plan.context_numbers]
         raw = torch.cat([*context, batch.item_features[:, : len(self.plan.item_numbers)]], dim=1)
         return torch.cat([hinges(self.standardise(raw)), phases(batch.as_of)], dim=1)
 
-    def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Tokens (T, n_tokens, D) and the dense embedding (T, D)."""
+    def forward(
+        self, batch: Batch, embeddings: list[Tensor], numbers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (T, n_tokens, D) and the dense embedding (T, D); `numbers` where they are known."""
         kind = self.kind(batch.target_kind)
-        return torch.stack([*embeddings, kind], dim=1), self.dense(self.numbers(batch))
+        numbers = self.numbers(batch) if numbers is None else numbers
+        return torch.stack([*embeddings, kind], dim=1), self.dense(numbers)
 
 
 class UserEncoder(nn.Module):

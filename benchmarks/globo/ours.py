@@ -2,9 +2,9 @@
 
 A name is a preset and what is changed of it, `<preset>[:<histories>][:<field>=<value>]...`: histories
 of `histories.py`; fields of the model's configuration, or of its training where they begin with
-`training.`; dotted into what is inside them, tuples by comma.
+`training.`; dotted into what is inside them, tuples by plus.
 
-    sequence   sequence:shuffled   hybrid:layers=1   sum:mix.sizes=12,6   hybrid:training.epochs=1
+    sequence   sequence:shuffled   hybrid:layers=1   sum:mix.sizes=12+6   hybrid:training.epochs=1
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _as(before: Any, value: str) -> Any:
     if isinstance(before, bool):
         return bool(int(value))
     if isinstance(before, tuple):
-        return tuple(_as(before[0] if before else "", x) for x in value.split(","))
+        return tuple(_as(before[0] if before else "", x) for x in value.split("+"))
     if isinstance(before, int | float | str):
         return type(before)(value)  # enums too
     raise ValueError(f"a {type(before).__name__} is not one value")

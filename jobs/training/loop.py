@@ -120,7 +120,8 @@ class Learner:
         self.adam.zero_grad(set_to_none=True)
         with self._precision():
             found = self.model(batch)
-        loss = multi_task_loss(found.logits, labels, self.task_weights)
+        logits = found.logits if found.members is None else found.members
+        loss = multi_task_loss(logits, labels, self.task_weights)
         total = loss.total
         if found.user_logits is not None:
             total = total + multi_task_loss(found.user_logits, labels, self.task_weights).total

@@ -304,7 +304,7 @@ def test_a_name_changes_fields_of_a_preset(lake) -> None:
 
     plain = ours("sequence").preset
     varied = ours(
-        "sequence:stale:layers=2:encoder=hstu:pairs=0:mix.sizes=12,6:mix.interactions=dot:"
+        "sequence:stale:layers=2:encoder=hstu:pairs=0:mix.sizes=12+6:mix.interactions=dot:"
         "tables.item_rows=1:training.epochs=3:training.limits.max_targets=99:training.average=0.5"
     )
     shape = varied.preset.sequence

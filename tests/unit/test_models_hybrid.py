@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,16 +24,17 @@ from tests.tiny import TINY
 TABLES = TableConfig(dim=8, default_rows=64, item_rows=128)
 
 
-def make(spec: Dataset = TINY, *, seed: int = 0) -> Hybrid:
+def make(spec: Dataset = TINY, *, seed: int = 0, **more: Any) -> Hybrid:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    config = HybridConfig(tables=TABLES, width=16, head_dim=8, dense_tokens=2)
+    config = HybridConfig(tables=TABLES, width=16, head_dim=8, dense_tokens=2, **more)
     return Hybrid(feature_plan(spec), config)
 
 
+@pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("spec", [TINY, dataset()], ids=lambda s: s.name)
-def test_shapes_and_every_parameter_learns(spec: Dataset) -> None:
-    model, batch = make(spec), random_batch(spec, rows=12)
+def test_shapes_and_every_parameter_learns(spec: Dataset, members: int) -> None:
+    model, batch = make(spec, members=members), random_batch(spec, rows=12)
     tables = model.tables.collection.embedding_bags
     before = {n: t.weight.detach().clone() for n, t in tables.items()}
     found = model(batch)
@@ -43,6 +45,21 @@ def test_shapes_and_every_parameter_learns(spec: Dataset) -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
     assert all(not torch.equal(before[n], t.weight) for n, t in tables.items())
+
+
+def test_members_read_for_themselves() -> None:
+    model, batch = make(members=3).eval(), random_batch(TINY, rows=10)
+    before = model(batch)
+    assert torch.equal(before.logits, before.members.mean(0))
+    assert len({m.sum().item() for m in before.members}) == 3
+    with torch.no_grad():
+        for parameter in model.readers[1].parameters():
+            parameter.add_(0.1)
+    same = [torch.equal(a, b) for a, b in zip(before.members, model(batch).members, strict=True)]
+    assert same == [True, False, True]
+    multi_task_loss(model(batch).members[0], batch.labels).total.backward()
+    moved = [any(bool(p.grad.any()) for p in r.parameters()) for r in model.readers]
+    assert moved == [True, False, False]
 
 
 def both_sides(seed: int) -> Batch:
@@ -67,9 +84,10 @@ def test_it_learns_what_neither_side_knows_alone(side: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     plan = feature_plan(TINY)
-    config = SequenceConfig(tables=TABLES, width=16, head_dim=8)
+    # without the exact numbers: in a random batch these are noise, to be learned by heart
+    config = SequenceConfig(tables=TABLES, width=16, head_dim=8, matches=False, pairs=False)
     model = {
-        "hybrid": make,
+        "hybrid": lambda: make(matches=False, pairs=False),
         "sum": lambda: Sum(plan, SumConfig(tables=TABLES, dense_tokens=2)),
         "sequence": lambda: Sequence(plan, config),
     }[side]()

@@ -203,7 +203,7 @@ def test_the_pooled_embeddings_are_keyed_by_the_item() -> None:
     model = make_sequence(matches=False).eval()
     batch = random_batch(TINY, rows=10)
     asked = {}
-    model.pooling.register_forward_hook(lambda _m, _i, out: asked.update(out=out))
+    model.readers[0].pooling.register_forward_hook(lambda _m, _i, out: asked.update(out=out))
     model(batch)
     first = asked["out"]
     model(replace(batch, item_id=batch.item_id.roll(1)))
@@ -239,6 +239,16 @@ def test_the_loss_is_the_mean_over_labels_and_skips_the_missing() -> None:
     loss.total.backward()
     assert logits.grad is not None
     assert logits.grad.flatten().tolist() == [-1.5, 0.0, 0.0, 0.0]
+
+
+def test_members_have_their_own_losses_which_are_averaged() -> None:
+    logits, weights = torch.randn(3, 5, 2), torch.tensor([3.0, 1.0])
+    labels = torch.tensor([[1, NO_LABEL], [0, 0], [1, 1], [0, NO_LABEL], [1, 0]], dtype=torch.int32)
+    together = multi_task_loss(logits, labels, weights)
+    alone = [multi_task_loss(member, labels, weights) for member in logits]
+    torch.testing.assert_close(together.total, torch.stack([m.total for m in alone]).mean())
+    assert together.counts.tolist() == [5, 3]
+    assert together.total > multi_task_loss(logits.mean(0), labels, weights).total
 
 
 def test_state_dict_holds_everything() -> None:

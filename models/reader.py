@@ -1,0 +1,203 @@
+"""How a history is read for a target: attention pooling, what relates the two, a mix tower.
+
+    target -> M queries; attention pooling over the target's visible prefix -> M embeddings
+    M embeddings, unpooled, + what is counted and known of the pairs + item and context -> logits
+
+A model may have several readers (`SequenceConfig.members`) over the same events and embedding tables.
+Each has a loss of its own and their logits are averaged: an ensemble with a shared trunk (Lee et al.,
+"Why M heads are better than one", arXiv 1511.06314). What differs between trainings of a network is
+worth as much on the click tasks of Globo as anything that we know to tell it (docs/results.md).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import Null, RecencyBias, prefix_attention
+from models.batch import Batch
+from models.features import FeaturePlan
+from models.history import Pairs, match_numbers, match_width, stream_numbers
+from models.numbers import HINGES, Standardise, hinges
+from models.pairs import PairEncoder, PairInputs, PairNumbers
+from models.towers import MixTower, TargetEncoder, mlp
+
+if TYPE_CHECKING:
+    from models.sequence import SequenceConfig
+
+
+class AttentionPooling(nn.Module):
+    """Multi-headed attention pooling of a prefix of event embeddings to M embeddings.
+
+    Args:
+        width: E.
+        dim: D, of the M outputs.
+        queries, heads, head_dim: M, H and d.
+    """
+
+    def __init__(self, width: int, dim: int, *, queries: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.queries, self.heads, self.head_dim = queries, heads, head_dim
+        self.kv = nn.Linear(width, 2 * heads * head_dim)
+        self.null = nn.Parameter(torch.randn(2, heads, head_dim) * 0.1)
+        self.recency = RecencyBias(heads * queries)
+        self.out = nn.Linear(heads * head_dim, dim)
+
+    @property
+    def query_width(self) -> int:
+        """H M d, of what a target (or a parameter) has to give."""
+        return self.heads * self.queries * self.head_dim
+
+    def forward(
+        self,
+        events: Tensor,
+        query: Tensor,
+        *,
+        batch: Batch,
+        q_offsets: Tensor,
+        end: Tensor,
+        at: Tensor,
+        pair_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Pool.
+
+        Args:
+            events: (N, E).
+            query: (Q, H M d), head-major.
+            q_offsets: (R+1,) int64, the queries of each row.
+            end: (Q,) int64, events of its row that a query sees.
+            at: (Q,) int64 microseconds, now as the query sees it.
+            pair_bias: (P, H M) float, head-major, added to the score of each query and visible event.
+
+        Returns:
+            (Q, M, D).
+        """
+        shape = (self.heads, self.head_dim)
+        k, v = self.kv(events).chunk(2, dim=1)
+        pooled = prefix_attention(
+            query.unflatten(1, (self.heads * self.queries, self.head_dim)),
+            k.unflatten(1, shape),
+            v.unflatten(1, shape),
+            q_offsets=q_offsets,
+            kv_offsets=batch.event_offsets,
+            kv_end=end,
+            recency=self.recency(at, batch.event_time),
+            pair_bias=pair_bias,
+            null=Null(self.null[0], self.null[1]),
+        )
+        # (Q, H M, d) -> (Q, M, H d)
+        pooled = pooled.unflatten(1, (self.heads, self.queries)).transpose(1, 2).flatten(2)
+        return self.out(pooled)
+
+
+class HistoryNumbers(nn.Module):
+    """What is counted and known of the history that a target sees, for all readers. Nothing is learned.
+
+    Args:
+        plan: the features.
+        config: which of it.
+    """
+
+    def __init__(self, plan: FeaturePlan, config: SequenceConfig) -> None:
+        super().__init__()
+        self.plan = plan
+        numbers = 2 * len(plan.streams) + match_width(plan) if config.matches else 0
+        self.counts = Standardise(numbers) if config.matches else None
+        self.pairs = PairNumbers(plan) if config.pairs else None
+        self.width = HINGES * numbers + (0 if self.pairs is None else self.pairs.summaries)
+
+    def forward(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, PairInputs | None]:
+        """(T, width) float32; and the inputs of `PairEncoder`, if there is one."""
+        columns = [torch.zeros(batch.targets, 0, device=batch.as_of.device)]
+        if self.counts is not None:
+            exact = [
+                stream_numbers(batch, pairs, batch.as_of, self.plan),
+                match_numbers(batch, pairs, self.plan),
+            ]
+            columns.append(hinges(self.counts(torch.cat(exact, dim=1))))
+        inputs = None if self.pairs is None else self.pairs(batch, pairs)
+        if inputs is not None:
+            columns.append(inputs.summaries)
+        return torch.cat(columns, dim=1), inputs
+
+
+class Read(NamedTuple):
+    """What all readers read: events (N, E); tokens (T, n, D), dense (T, D) and numbers (T, F) of the
+    targets; users (T, L, D), or None; the pairs, with history (T, W) and inputs of `HistoryNumbers`."""
+
+    events: Tensor
+    tokens: Tensor
+    dense: Tensor
+    numbers: Tensor
+    users: Tensor | None
+    pairs: Pairs
+    history: Tensor
+    inputs: PairInputs | None
+
+
+class Reader(nn.Module):
+    """One reading of a history, to logits.
+
+    Args:
+        plan: the features.
+        config: its shape.
+        target: the encoder of targets, which is not a part of it.
+        history: what is counted and known, neither.
+        user_tokens: L, embeddings of the user's nightly features; 0 without.
+    """
+
+    def __init__(
+        self,
+        plan: FeaturePlan,
+        config: SequenceConfig,
+        *,
+        target: TargetEncoder,
+        history: HistoryNumbers,
+        user_tokens: int,
+    ) -> None:
+        super().__init__()
+        dim, width = config.dim, config.width
+        self.pooling = AttentionPooling(
+            width, dim, queries=config.queries, heads=config.heads, head_dim=config.head_dim
+        )
+        self.query = mlp((target.n_tokens + 1) * dim, 2 * width, self.pooling.query_width)
+        self.pairs, self.related = None, None
+        if history.pairs is not None:
+            heads = config.heads * config.queries
+            self.pairs = PairEncoder(plan, history.pairs.width, heads=heads)
+            self.related = nn.Linear(self.pairs.width, dim)
+        self.numbers = None
+        if history.width:
+            hidden = config.numbers
+            self.numbers = nn.Sequential(
+                nn.Linear(history.width + target.width, hidden), nn.ReLU(), mlp(hidden, hidden, dim)
+            )
+        extra = (self.related is not None) + (self.numbers is not None) + user_tokens
+        self.mix_tower = MixTower(
+            target.n_tokens + config.queries + extra, dim, len(plan.tasks), config=config.mix
+        )
+
+    def forward(self, batch: Batch, read: Read) -> Tensor:
+        """Logits (T, n_tasks)."""
+        mixed, bias = [read.tokens], None
+        if self.pairs is not None and self.related is not None and read.inputs is not None:
+            bias, related = self.pairs(batch, read.pairs, read.inputs.of_pairs)
+            mixed.append(self.related(related)[:, None])
+        pooled = self.pooling(
+            read.events,
+            self.query(torch.cat([read.tokens.flatten(1), read.dense], dim=1)),
+            batch=batch,
+            q_offsets=batch.target_offsets,
+            end=batch.history_end,
+            at=batch.as_of,
+            pair_bias=bias,
+        )
+        mixed.append(pooled)
+        if self.numbers is not None:
+            known = self.numbers(torch.cat([read.history, read.numbers], dim=1))
+            mixed.append(known[:, None])
+        if read.users is not None:
+            mixed.append(read.users)
+        return self.mix_tower(torch.cat(mixed, dim=1), read.dense)
