@@ -123,14 +123,14 @@ def _on_globo(base: Factory) -> Factory:
         training = TrainingConfig(limits=Limits(max_targets=2048, max_events=32_768))
         if found.history:  # chosen on 12 October, after training on 8 to 11
             # articles live for a day or two: their ids are learned by heart, and a second pass then costs
-            tables = replace(tables, learning_rate=0.1, item_rows=1)
+            tables = replace(tables, learning_rate=0.03, item_rows=1)
             limits = Limits(max_targets=512, max_events=32_768)
             training = replace(training, limits=limits, average=0.997, epochs=2)
         return replace(
             found,
             sum=found.sum and replace(found.sum, tables=tables),
-            sequence=found.sequence and replace(found.sequence, tables=tables),
-            hybrid=found.hybrid and replace(found.hybrid, tables=tables),
+            sequence=found.sequence and replace(found.sequence, tables=tables, members=3),
+            hybrid=found.hybrid and replace(found.hybrid, tables=tables, members=3),
             training=training,
         )
 
