@@ -6,25 +6,29 @@ is tested on the day after them. Training leaves the held-out users out, as the 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.globo.results import Predictions, Result, same_labels, write_json
+from benchmarks.globo.results import Predictions, Result, Store, listed, same_labels, write_json
+from benchmarks.progressive import Progressive
 from feature_store.days import shift
 from feature_store.embeddings import UserEmbeddings
 from feature_store.errors import DataError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset, Task
 from feature_store.tables import NO_LABEL
+from jobs.settings import Settings
 from jobs.training.checkpoints import write_atomically
 from jobs.training.config import to_plain
 from jobs.training.downstream import ArmConfig, Comparison, DownstreamTraining, Loaded, load
 from jobs.training.ids import seed_of
-from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
+from jobs.training.loader import Limits, Users, labelled_day, labelled_rows, share_within
 from jobs.training.loop import Scored
 from jobs.training.rows import Rows
 from models.metrics import Interval, entropy, normalized_entropy, row_logloss
@@ -98,8 +102,7 @@ def decode(lake: Lake, dataset: Dataset, task: Task, days: Round) -> RoundRows:
             ds: labelled_day(lake, dataset, shift(ds, task.matures_after), tasks=[task.name])
             for ds in shown
         }
-        total = sum(day.counts().get(task.name, (0, 0))[1] for day in found.values())
-        share = min(1.0, most / max(total, 1))
+        share = share_within(found.values(), task.name, most)
         return {
             ds: list(
                 labelled_rows(
@@ -146,18 +149,6 @@ def label_counts(dataset: Dataset, task: Task, rows: Mapping[str, Sequence[Rows]
     index = [t.name for t in dataset.tasks].index(task.name)
     labels = np.concatenate([r.labels[:, index] for of_day in rows.values() for r in of_day])
     return np.array([(labels == 1).sum(), (labels != NO_LABEL).sum()])
-
-
-def predictions_of(task: Task, part: str, scored: Scored) -> Predictions:
-    """`scored`, under the name of a part."""
-    return Predictions(
-        task=np.full(len(scored), task.name),
-        part=np.full(len(scored), part),
-        user_id=scored.user_id,
-        target_id=scored.target_id,
-        label=scored.label,
-        prediction=scored.prediction,
-    )
 
 
 class Pair(NamedTuple):
@@ -229,8 +220,51 @@ def mean_ne(results: Sequence[Result], part: str, base_rates: Mapping[str, float
     return float(np.mean([normalized_entropy(p.label, p.prediction, rate) for p, rate in found]))
 
 
-def write_table(folder: Path, table: str, values: Any) -> None:
-    """Print the table, and keep it as `table.md` and its values as `table.json`."""
-    write_atomically(folder / "table.md", table.encode())
-    write_json(folder / "table.json", values)
-    print(table)
+def flags(program: str, about: str | None) -> argparse.ArgumentParser:
+    """The command line that the programs of this kind share."""
+    cli = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{program}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cli.add_argument("--dataset", required=True, help="whose lake: simulated or globo")
+    cli.add_argument("--out", type=Path, required=True, help="where everything is kept")
+    cli.add_argument("--seeds", type=listed, default=["0"], help="of every training, by commas")
+    return cli
+
+
+class Program:
+    """A program's results and table in `<out>/<program>/<dataset>/`.
+
+    Args:
+        name: of the program.
+        settings, dataset: of the lake.
+        args: of the command line, as `flags` reads it.
+    """
+
+    def __init__(
+        self, name: str, settings: Settings, dataset: Dataset, args: argparse.Namespace
+    ) -> None:
+        self.settings, self.dataset, self.args = settings, dataset, args
+        self.store = Store(args.out / name / dataset.name)
+
+    def results(
+        self, name: str, upstream: str, measure: Callable[..., tuple[Predictions, dict[str, Any]]]
+    ) -> list[Result]:
+        """What `measure` finds, by seed, of an upstream model: what is done, is read."""
+        found = []
+        tasks = [t.name for t in self.dataset.tasks]
+        for seed in map(int, self.args.seeds):
+            training = Progressive(
+                self.settings, self.dataset, upstream, seed=seed, out=self.args.out
+            )
+            about = {"upstream": training.config(), "downstream": budget()}
+            train = partial(measure, training, seed=seed)
+            found.append(self.store.once(name, tasks, seed, about, train))
+        return found
+
+    def write(self, table: str, values: Any) -> None:
+        """Print the table, and keep it as `table.md` and its values as `table.json`."""
+        write_atomically(self.store.folder / "table.md", table.encode())
+        write_json(self.store.folder / "table.json", values)
+        print(table)

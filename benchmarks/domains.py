@@ -18,25 +18,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.alone import (
     ALL_TASKS,
-    budget,
+    Program,
     decode,
     difference,
     fit,
+    flags,
     label_counts,
     mean_ne,
-    predictions_of,
     rounds,
     with_embeddings,
-    write_table,
 )
-from benchmarks.globo.results import Predictions, Result, Store, interval_text, joined
+from benchmarks.globo.results import Predictions, Result, interval_text, joined, of_scored
 from benchmarks.progressive import Progressive, published
 from feature_store import datasets
 from feature_store.days import shift
@@ -121,7 +119,7 @@ def measure(
                 training = [item for ds, of in mine.items() for item in batches(of, ds)]
                 predict = fit(dataset, task, training, seed=seed)
                 test = of_domain(rows.test, dataset, domain)
-                found.append(predictions_of(task, str(domain), predict(batches(test, each.test))))
+                found.append(of_scored(dataset, str(domain), predict(batches(test, each.test))))
     rates = {
         domain: {task: float(seen[0] / seen[1]) for task, seen in of.items()}
         for domain, of in counts.items()
@@ -190,29 +188,14 @@ def markdown(found: Sequence[Cell], dataset: Dataset) -> str:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    cli = argparse.ArgumentParser(
-        prog="python -m benchmarks.domains",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    cli.add_argument("--dataset", required=True, help=f"of {', '.join(OF_ONE_DOMAIN)}")
-    cli.add_argument("--out", type=Path, required=True, help="where everything is kept")
-    cli.add_argument("--seeds", default="0", help="of every training, separated by commas")
-    return cli.parse_args(argv)
+    return flags("domains", __doc__).parse_args(argv)
 
 
-def run(settings: Settings, dataset: Dataset, args: argparse.Namespace) -> list[Result]:
+def run(program: Program) -> list[Result]:
     """Every upstream model, none first, and every seed: what is done, is read."""
-    store = Store(args.out / "domains" / dataset.name)
-    tasks = [t.name for t in dataset.tasks]
-    found = []
-    for model in (CONTEXT, ALL, *domains(dataset)):
-        for seed in map(int, args.seeds.split(",")):
-            name = ALL if model == CONTEXT else model
-            progressive = Progressive(settings, dataset, name, seed=seed, out=args.out)
-            train = partial(measure, progressive, seed=seed, embeddings=model != CONTEXT)
-            about = {"upstream": progressive.config(), "downstream": budget()}
-            found.append(store.once(model, tasks, seed, about, train))
+    found = program.results(CONTEXT, ALL, partial(measure, embeddings=False))
+    for model in (ALL, *domains(program.dataset)):
+        found += program.results(model, model, partial(measure, embeddings=True))
     return found
 
 
@@ -221,15 +204,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     try:
         dataset = datasets.get(args.dataset)
-        found = cells(run(Settings.from_env(), dataset, args))
+        program = Program("domains", Settings.from_env(), dataset, args)
+        found = cells(run(program))
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    write_table(
-        args.out / "domains" / dataset.name,
-        markdown(found, dataset),
-        [asdict(cell) for cell in found],
-    )
+    program.write(markdown(found, dataset), [asdict(x) for x in found])
 
 
 if __name__ == "__main__":

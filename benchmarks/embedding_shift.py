@@ -26,32 +26,28 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.alone import (
     ALL_TASKS,
-    budget,
+    Program,
     decode,
     difference,
     fit,
+    flags,
     label_counts,
     mean_ne,
-    predictions_of,
     rounds,
     with_embeddings,
-    write_table,
 )
-from benchmarks.globo.results import Predictions, Result, Store, interval_text, joined
+from benchmarks.globo.results import Predictions, Result, interval_text, joined, of_scored
 from benchmarks.progressive import Embedded, Progressive, published
 from feature_store import datasets
 from feature_store.days import shift
 from feature_store.embeddings import EmbeddingKind, UserEmbeddings
 from feature_store.errors import HeadwaterError
-from feature_store.spec import Dataset
 from jobs.settings import Settings
 from jobs.training.config import Shift
 from jobs.training.judge import drift
@@ -98,7 +94,7 @@ def measure(progressive: Progressive, *, seed: int) -> tuple[Predictions, dict[s
                     embeddings = published(days, each.served, kind, held=side == HELD)
                     sides[side] = with_embeddings(rows.test, embeddings)
                 found += [
-                    predictions_of(task, part(kind, side), predict(test))
+                    of_scored(dataset, part(kind, side), predict(test))
                     for side, test in sides.items()
                 ]
             counts += label_counts(dataset, task, rows.training)
@@ -238,30 +234,15 @@ def markdown(found: Sequence[Line]) -> str:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    cli = argparse.ArgumentParser(
-        prog="python -m benchmarks.embedding_shift",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    cli.add_argument("--dataset", required=True, help="whose lake: simulated or globo")
-    cli.add_argument("--out", type=Path, required=True, help="where everything is kept")
-    cli.add_argument("--seeds", default="0", help="of every training, separated by commas")
+    cli = flags("embedding_shift", __doc__)
     cli.add_argument("--model", default="sum", help="preset of the upstream model")
     return cli.parse_args(argv)
 
 
-def run(settings: Settings, dataset: Dataset, args: argparse.Namespace) -> list[Result]:
+def run(program: Program) -> list[Result]:
     """Every answer and seed: what is done, is read."""
-    store = Store(args.out / "embedding_shift" / dataset.name)
-    found = []
-    for model in answers(args.model):
-        for seed in map(int, args.seeds.split(",")):
-            progressive = Progressive(settings, dataset, model, seed=seed, out=args.out)
-            train = partial(measure, progressive, seed=seed)
-            about = {"upstream": progressive.config(), "downstream": budget()}
-            tasks = [t.name for t in dataset.tasks]
-            found.append(store.once(model, tasks, seed, about, train))
-    return found
+    of_models = (program.results(m, m, measure) for m in answers(program.args.model))
+    return [result for of_model in of_models for result in of_model]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -269,15 +250,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     try:
         dataset = datasets.get(args.dataset)
-        found = lines(run(Settings.from_env(), dataset, args))
+        program = Program("embedding_shift", Settings.from_env(), dataset, args)
+        found = lines(run(program))
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    write_table(
-        args.out / "embedding_shift" / dataset.name,
-        markdown(found),
-        [asdict(line) for line in found],
-    )
+    program.write(markdown(found), [asdict(x) for x in found])
 
 
 if __name__ == "__main__":

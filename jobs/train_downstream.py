@@ -157,16 +157,15 @@ def _load(
     """
     from feature_store.embeddings import read_embeddings
     from jobs.training.downstream import load
-    from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
+    from jobs.training.loader import Limits, Users, labelled_day, labelled_rows, share_within
 
     lake, dataset = context.lake, context.dataset
     labelled = [
         labelled_day(lake, dataset, shift(day, task.matures_after), tasks=[task.name])
         for day in shown
     ]
-    total = sum(d.counts().get(task.name, (0, 0))[1] for d in labelled)
     cap = config.max_test_targets if test else config.max_train_targets
-    share = min(1.0, cap / max(total, 1))
+    share = share_within(labelled, task.name, cap)
     limits = Limits(max_targets=4096 if test else config.batch_targets)
     out = []
     for day, found in zip(shown, labelled, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 class Outputs(NamedTuple):
     """logits (T, n_tasks) float32, the mean of members (S, T, n_tasks), each of which has a loss of its
-    own, or None where there is but one; user_logits, of the published user embeddings' own mix tower,
+    own, or None of a model that has no members; user_logits, of the published user embeddings' own mix tower,
     (T, n_tasks), or None where `logits` are those already; users (R, K, D) float32, the embeddings
     that would be published, as they were served to the rows' day."""
 

@@ -74,8 +74,7 @@ class PairNumbers(nn.Module):
             columns.append(far.masked_fill(missing, float("nan"))[:, None])
         as_of = batch.as_of.index_select(0, pairs.query)
         age = as_of - batch.event_time.index_select(0, pairs.event)
-        last = batch.history_end.cumsum(0).index_select(0, pairs.query) - 1
-        newer = last - torch.arange(len(pairs.query), device=last.device)
+        newer = _newer(pairs.query, batch.history_end)
         columns += [(age.to(torch.float32) / _SECOND_US)[:, None], newer.to(torch.float32)[:, None]]
         return torch.cat(columns, dim=1)
 
@@ -97,19 +96,24 @@ class PairNumbers(nn.Module):
         mine = carries.nonzero().squeeze(1)
         query, values = pairs.query.index_select(0, mine), numbers.index_select(0, mine)
         counts = torch.bincount(query, minlength=pairs.queries)
-        last = counts.cumsum(0) - 1
-        newer = last.index_select(0, query) - torch.arange(len(query), device=query.device)
+        newer = _newer(query, counts)
         recent = (newer < _NEWEST).nonzero().squeeze(1)
-        newest = values.new_zeros(pairs.queries, values.shape[1])
+        empty = values.new_zeros(pairs.queries, values.shape[1])
         largest, least = (_extremes(query, values, pairs.queries, how) for how in ("amax", "amin"))
         lately = _extremes(query[recent], values[recent], pairs.queries, "amax")
-        mean = newest.index_add(0, query, values) / counts.clamp(min=1)[:, None]
-        first_of_all = (newer == 0).nonzero().squeeze(1)
-        newest = newest.index_copy(0, query[first_of_all], values[first_of_all])
+        mean = empty.index_add(0, query, values) / counts.clamp(min=1)[:, None]
+        ends = (newer == 0).nonzero().squeeze(1)
+        newest = empty.index_copy(0, query[ends], values[ends])
         known = batch.pair_numbers.nan_to_num().index_select(0, mine)
         sums = known.new_zeros(pairs.queries, known.shape[1]).index_add(0, query, known)
         found = [newest, lately, largest, least, mean, self.sums(sums)]
         return hinges(torch.cat(found, dim=1))
+
+
+def _newer(query: Tensor, counts: Tensor) -> Tensor:
+    """(n,) int64: how many of its query's `counts` pairs come after each of the pairs, in their order."""
+    last = counts.cumsum(0).index_select(0, query) - 1
+    return last - torch.arange(len(query), device=query.device)
 
 
 def _extremes(query: Tensor, values: Tensor, queries: int, how: str) -> Tensor:

@@ -21,7 +21,7 @@ from models.batch import Batch
 from models.features import FeaturePlan
 from models.history import Pairs, match_numbers, match_width, stream_numbers
 from models.numbers import HINGES, Standardise, hinges
-from models.pairs import PairEncoder, PairInputs, PairNumbers
+from models.pairs import PairEncoder, PairNumbers
 from models.towers import MixTower, TargetEncoder, mlp
 
 if TYPE_CHECKING:
@@ -44,6 +44,14 @@ class AttentionPooling(nn.Module):
         self.null = nn.Parameter(torch.randn(2, heads, head_dim) * 0.1)
         self.recency = RecencyBias(heads * queries)
         self.out = nn.Linear(heads * head_dim, dim)
+
+    @classmethod
+    def of(cls, config: SequenceConfig) -> AttentionPooling:
+        """Of the shape that a model's configuration gives."""
+        return cls(
+            config.width, config.dim,
+            queries=config.queries, heads=config.heads, head_dim=config.head_dim,
+        )  # fmt: skip
 
     @property
     def query_width(self) -> int:
@@ -108,8 +116,8 @@ class HistoryNumbers(nn.Module):
         self.pairs = PairNumbers(plan) if config.pairs else None
         self.width = HINGES * numbers + (0 if self.pairs is None else self.pairs.summaries)
 
-    def forward(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, PairInputs | None]:
-        """(T, width) float32; and the inputs of `PairEncoder`, if there is one."""
+    def forward(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
+        """(T, width) float32; and the inputs of `PairEncoder`, (P, W) float32, if there is one."""
         columns = [torch.zeros(batch.targets, 0, device=batch.as_of.device)]
         if self.counts is not None:
             exact = [
@@ -117,15 +125,17 @@ class HistoryNumbers(nn.Module):
                 match_numbers(batch, pairs, self.plan),
             ]
             columns.append(hinges(self.counts(torch.cat(exact, dim=1))))
-        inputs = None if self.pairs is None else self.pairs(batch, pairs)
-        if inputs is not None:
-            columns.append(inputs.summaries)
-        return torch.cat(columns, dim=1), inputs
+        of_pairs = None
+        if self.pairs is not None:
+            of_pairs, summaries = self.pairs(batch, pairs)
+            columns.append(summaries)
+        return torch.cat(columns, dim=1), of_pairs
 
 
 class Read(NamedTuple):
     """What all readers read: events (N, E); tokens (T, n, D), dense (T, D) and numbers (T, F) of the
-    targets; users (T, L, D), or None; the pairs, with history (T, W) and inputs of `HistoryNumbers`."""
+    targets; users (T, L, D), or None; the pairs, with history (T, F) and of_pairs (P, W), or None, of
+    `HistoryNumbers`."""
 
     events: Tensor
     tokens: Tensor
@@ -134,7 +144,7 @@ class Read(NamedTuple):
     users: Tensor | None
     pairs: Pairs
     history: Tensor
-    inputs: PairInputs | None
+    of_pairs: Tensor | None
 
 
 class Reader(nn.Module):
@@ -159,9 +169,7 @@ class Reader(nn.Module):
     ) -> None:
         super().__init__()
         dim, width = config.dim, config.width
-        self.pooling = AttentionPooling(
-            width, dim, queries=config.queries, heads=config.heads, head_dim=config.head_dim
-        )
+        self.pooling = AttentionPooling.of(config)
         self.query = mlp((target.n_tokens + 1) * dim, 2 * width, self.pooling.query_width)
         self.pairs, self.related = None, None
         if history.pairs is not None:
@@ -182,8 +190,8 @@ class Reader(nn.Module):
     def forward(self, batch: Batch, read: Read) -> Tensor:
         """Logits (T, n_tasks)."""
         mixed, bias = [read.tokens], None
-        if self.pairs is not None and self.related is not None and read.inputs is not None:
-            bias, related = self.pairs(batch, read.pairs, read.inputs.of_pairs)
+        if self.pairs is not None and self.related is not None and read.of_pairs is not None:
+            bias, related = self.pairs(batch, read.pairs, read.of_pairs)
             mixed.append(self.related(related)[:, None])
         pooled = self.pooling(
             read.events,

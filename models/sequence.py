@@ -123,9 +123,7 @@ class Sequence(nn.Module):
             for _ in range(config.members)
         )
 
-        self.user_pooling = AttentionPooling(
-            width, dim, queries=config.queries, heads=config.heads, head_dim=config.head_dim
-        )
+        self.user_pooling = AttentionPooling.of(config)
         self.user_query = nn.Parameter(torch.randn(self.user_pooling.query_width) * 0.1)
         self.user_history = Standardise(2 * len(plan.streams))
         user_inputs = config.queries * dim + 2 * len(plan.streams)

@@ -60,7 +60,7 @@ from jobs.training.co_occurrence import days_read
 from jobs.training.config import to_plain
 from jobs.training.downstream import ArmConfig, Comparison, DownstreamTraining, Loaded, arms
 from jobs.training.ids import int64_ids, seed_of
-from jobs.training.loader import Limits, Users, cuts, labelled_day, labelled_rows
+from jobs.training.loader import Limits, Users, cuts, labelled_day, labelled_rows, share_within
 from jobs.training.presets import preset
 from jobs.training.rows import Rows
 from models.metrics import normalized_entropy
@@ -108,16 +108,16 @@ class TaskData:
                 )
                 for ds in split.days(part)
             }
-            total = sum(day.counts().get(task.name, (0, 0))[1] for day in days.values())
             training = part == "train"
             cap = budget.max_train_targets if training else budget.max_test_targets
             limits = Limits(max_targets=budget.batch_targets if training else 4096)
+            share = share_within(days.values(), task.name, cap)
             self._rows[part] = {
                 ds: [
                     item
                     for rows in labelled_rows(
                         lake, dataset, day.shown, users=Users.ALL, history=history, seed=1,
-                        limits=limits, share=min(1.0, cap / max(total, 1)),
+                        limits=limits, share=share,
                     )
                     for item in loaded(rows, limits)
                 ]

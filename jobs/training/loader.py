@@ -10,7 +10,7 @@ same order however it was written.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -87,6 +87,12 @@ class LabelledDay:
     def counts(self) -> dict[str, tuple[int, int]]:
         """Per task: positives and labels, held-out users included."""
         return {k: v for s in self.shown for k, v in s.labels.counts().items()}
+
+
+def share_within(days: Iterable[LabelledDay], task: str, most: int) -> float:
+    """Share of users whose labels of `task` on `days` are about `most`; 1 where all have no more."""
+    total = sum(day.counts().get(task, (0, 0))[1] for day in days)
+    return min(1.0, most / max(total, 1))
 
 
 def labelled_day(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from benchmarks import domains as program
-from benchmarks.alone import ALL_TASKS
+from benchmarks.alone import ALL_TASKS, Program
 from benchmarks.domains import CONTEXT, arguments, cells, domains, markdown, measure, of_domain
 from benchmarks.progressive import Progressive
 from feature_store.days import day_of, shift
@@ -146,8 +146,8 @@ def test_the_matrix_is_measured_once(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(Progressive, "run", run)
     args = arguments(["--dataset", SPEC.name, "--out", str(tmp_path)])
-    settings = Settings.from_env({})
-    found = cells(program.run(settings, SPEC, args))
+    mine = Program("domains", Settings.from_env({}), SPEC, args)
+    found = cells(program.run(mine))
     models = ["sum", "sum_surface_0", "sum_surface_1"]
     assert trained == models
     assert {(c.task, c.model, c.domain) for c in found} == {
@@ -164,7 +164,7 @@ def test_the_matrix_is_measured_once(tmp_path: Path, monkeypatch) -> None:
     text = markdown(found, SPEC)
     assert "| upstream | surface 0 | surface 1 |" in text
     assert f"| {CONTEXT} | NE {by[ALL_TASKS, CONTEXT, '0'].ne:.4f} |" in text
-    again = cells(program.run(settings, SPEC, args))
+    again = cells(program.run(mine))
     assert trained == models and markdown(again, SPEC) == text
 
 

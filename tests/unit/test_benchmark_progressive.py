@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import alone, embedding_shift
-from benchmarks.alone import Pair, Round, mean_ne_difference, rounds
+from benchmarks.alone import Pair, Program, Round, mean_ne_difference, rounds
 from benchmarks.embedding_shift import (
     HELD,
     SERVED,
@@ -87,7 +87,7 @@ def whole(lake: MemoryLake, tmp_path_factory) -> Run:
 
 def run_in(out: Path) -> list[Result]:
     args = arguments(["--dataset", SPEC.name, "--out", str(out)])
-    return embedding_shift.run(Settings.from_env({}), SPEC, args)
+    return embedding_shift.run(Program("embedding_shift", Settings.from_env({}), SPEC, args))
 
 
 def training(out: Path, model: str = "sum") -> Progressive:
@@ -223,7 +223,7 @@ def test_targets_read_the_day_before_and_only_the_snapshot_is_held(lake, monkeyp
         return predict
 
     monkeypatch.setattr(embedding_shift, "fit", fit)
-    monkeypatch.setattr(embedding_shift, "predictions_of", lambda *_: some([]))
+    monkeypatch.setattr(embedding_shift, "of_scored", lambda *_: some([]))
     days = numbered(DAYS, users=USERS)
     upstream = SimpleNamespace(dataset=SPEC, lake=lake, days=DAYS, run=lambda: days)
     embedding_shift.measure(upstream, seed=0)
