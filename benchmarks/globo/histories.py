@@ -1,5 +1,7 @@
-"""Histories as they are, and two that take something away from them, to ask what it was worth.
+"""Histories as they are, and what takes something away from them, to ask what it was worth.
 
+    unseen     no event at all: what is left are item and context and, in a model that reads them,
+               the nightly features of the user
     stale      cut where the nightly job of the day before stopped reading, as aggregates are: what is
                lost against the whole history is what freshness is worth
     shuffled   the same events at the same times, but which event was when is drawn at random: what
@@ -22,6 +24,21 @@ from models.batch import Batch
 from models.features import FeaturePlan
 from models.history import target_pairs
 from models.sequence import served_prefix
+
+
+def unseen(batch: Batch, plan: FeaturePlan) -> Batch:
+    """The batch without any event."""
+    return replace(
+        batch,
+        event_offsets=torch.zeros_like(batch.event_offsets),
+        event_stream=batch.event_stream[:0],
+        event_time=batch.event_time[:0],
+        event_available=batch.event_available[:0],
+        event_ids={k: v[:0] for k, v in batch.event_ids.items()},
+        event_floats={k: v[:0] for k, v in batch.event_floats.items()},
+        history_end=torch.zeros_like(batch.history_end),
+        pair_numbers=batch.pair_numbers[:0],
+    )
 
 
 def stale(batch: Batch, plan: FeaturePlan) -> Batch:
@@ -69,4 +86,8 @@ def _orders(batch: Batch) -> Tensor:
     return by_draw[segment[by_draw].argsort(stable=True)]
 
 
-HISTORIES: dict[str, Callable[[Batch, FeaturePlan], Batch]] = {"stale": stale, "shuffled": shuffled}
+HISTORIES: dict[str, Callable[[Batch, FeaturePlan], Batch]] = {
+    "unseen": unseen,
+    "stale": stale,
+    "shuffled": shuffled,
+}

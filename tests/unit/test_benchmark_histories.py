@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.globo.histories import shuffled, stale
+from benchmarks.globo.histories import shuffled, stale, unseen
 from models.batch import Batch
 from models.features import feature_plan
 from models.history import target_pairs
-from models.sequence import served_prefix
+from models.sequence import Sequence, SequenceConfig, served_prefix
 from tests.batches import random_batch
 from tests.synthetic import dataset
 
@@ -54,3 +54,18 @@ def test_a_shuffled_history_has_the_same_events_for_everybody_at_the_same_times(
     assert torch.equal(mixed.event_time, batch.event_time)
     assert torch.equal(mixed.history_end, batch.history_end)
     assert torch.equal(shuffled(batch, PLAN).pair_numbers, mixed.pair_numbers)
+
+
+def test_an_unseen_history_says_nothing():
+    torch.manual_seed(3)
+    model = Sequence(PLAN, SequenceConfig()).eval()
+    batch = _batch(3)
+    others = replace(
+        batch,
+        event_time=batch.event_time - 1_000_000,
+        event_ids={k: v.flip(0) for k, v in batch.event_ids.items()},
+    )
+    logits = [model(unseen(b, PLAN)).logits for b in (batch, others)]
+    assert torch.equal(*logits)
+    assert not torch.allclose(model(batch).logits, logits[0])
+    assert _seen(unseen(batch, PLAN)) == [[] for _ in range(batch.targets)]
