@@ -156,7 +156,7 @@ def pair_number_names(dataset: Dataset) -> tuple[str, ...]:
     names: list[str] = []
     for name in pairs.before:
         for lags in pairs.lags:
-            names += [f"{name}_{lags}{what}" for what in ("", "_lift", "_seen")]
+            names += [f"{name}_{lags}{what}" for what in ("", "_lift", "_seen", "_share")]
         if dataset.stream(pairs.stream).attribute(name).vocabulary == ITEM:
             names.append(f"{name}_after")  # the other way round: the value came after the item
     return tuple(names)

@@ -3,6 +3,7 @@
     events -> the sequence model's M embeddings, pooled for the target
     nightly user features -> SUM's user tower -> L embeddings, once per row
     M + L embeddings, all unpooled, + item and context -> one mix tower -> logits
+    nightly dense features -> what reads the numbers of the history and of the target
 
 Rows of one vocabulary are shared by both sides: a clicked item, an item in a sparse feature and the
 item that is scored.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from models.batch import Batch
 from models.features import FeaturePlan
+from models.numbers import HINGES, hinges
 from models.sequence import Sequence, SequenceConfig
 from models.sum import UserTower
 from models.tables import Lookup
@@ -59,6 +61,7 @@ class UserSide(nn.Module):
             self.encoder.n_tokens, config.dim, embeddings=config.user_tokens, config=config.user
         )
         self.n_tokens = config.user_tokens
+        self.width = HINGES * (len(plan.user_numbers) + 1)
         ids = [u.vocabulary for u in plan.user_ids]
         self.vocabularies = ids + [b.vocabulary for b in plan.bags]
 
@@ -66,9 +69,11 @@ class UserSide(nn.Module):
         """One per user attribute and sparse feature, R embeddings each."""
         return self.encoder.lookups(batch)
 
-    def forward(self, batch: Batch, embeddings: list[Tensor]) -> Tensor:
-        """The L embeddings of each target's user, (T, L, D)."""
-        return of_targets(batch, self.tower(*self.encoder(batch, embeddings)))
+    def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of each target's user: the L embeddings (T, L, D), and numbers (T, width) float32."""
+        numbers = self.encoder.numbers(batch)
+        users = self.tower(*self.encoder(batch, embeddings, numbers))
+        return of_targets(batch, users), hinges(numbers).index_select(0, batch.row_of_target)
 
 
 class Hybrid(Sequence):

@@ -1,7 +1,8 @@
 """How a history is read for a target: attention pooling, what relates the two, a mix tower.
 
     target -> M queries; attention pooling over the target's visible prefix -> M embeddings
-    M embeddings, unpooled, + what is counted and known of the pairs + item and context -> logits
+    M embeddings, unpooled, + what is counted and known of the pairs + the newest events as they are
+    + item and context -> logits
 
 A model may have several readers (`SequenceConfig.members`) over the same events and embedding tables.
 Each has a loss of its own and their logits are averaged: an ensemble with a shared trunk (Lee et al.,
@@ -132,18 +133,29 @@ class HistoryNumbers(nn.Module):
         return torch.cat(columns, dim=1), of_pairs
 
 
+def newest_events(events: Tensor, batch: Batch, n: int) -> Tensor:
+    """The n newest events that each target sees, newest first: (N, E) -> (T, n E), zeros where it
+    sees fewer. What was read last, and how one came to it, a mean over a history only hints at."""
+    start = batch.event_offsets.index_select(0, batch.row_of_target)
+    at = (start + batch.history_end)[:, None] - 1 - torch.arange(n, device=start.device)
+    seen = at >= start[:, None]
+    found = events.new_zeros(*at.shape, events.shape[1])
+    found[seen] = events.index_select(0, at[seen])
+    return found.flatten(1)
+
+
 class Read(NamedTuple):
-    """What all readers read: events (N, E); tokens (T, n, D), dense (T, D) and numbers (T, F) of the
-    targets; users (T, L, D), or None; the pairs, with history (T, F) and of_pairs (P, W), or None, of
-    `HistoryNumbers`."""
+    """What all readers read: events (N, E); tokens (T, n, D) and dense (T, D) of the targets; users
+    (T, L, D), or None; newest (T, n E), of `newest_events`; known (T, F): the numbers of target, history
+    and user, beside tokens and newest; the pairs, with of_pairs (P, W), or None, of `HistoryNumbers`."""
 
     events: Tensor
     tokens: Tensor
     dense: Tensor
-    numbers: Tensor
     users: Tensor | None
+    newest: Tensor
+    known: Tensor
     pairs: Pairs
-    history: Tensor
     of_pairs: Tensor | None
 
 
@@ -155,6 +167,7 @@ class Reader(nn.Module):
         config: its shape.
         target: the encoder of targets, which is not a part of it.
         history: what is counted and known, neither.
+        known: width of `Read.known`; 0: it is not read.
         user_tokens: L, embeddings of the user's nightly features; 0 without.
     """
 
@@ -165,6 +178,7 @@ class Reader(nn.Module):
         *,
         target: TargetEncoder,
         history: HistoryNumbers,
+        known: int,
         user_tokens: int,
     ) -> None:
         super().__init__()
@@ -176,13 +190,16 @@ class Reader(nn.Module):
             heads = config.heads * config.queries
             self.pairs = PairEncoder(plan, history.pairs.width, heads=heads)
             self.related = nn.Linear(self.pairs.width, dim)
-        self.numbers = None
-        if history.width:
+        self.numbers, self.newest = None, None
+        if known:
             hidden = config.numbers
             self.numbers = nn.Sequential(
-                nn.Linear(history.width + target.width, hidden), nn.ReLU(), mlp(hidden, hidden, dim)
+                nn.Linear(known, hidden), nn.ReLU(), mlp(hidden, hidden, dim)
             )
-        extra = (self.related is not None) + (self.numbers is not None) + user_tokens
+        if config.newest:
+            self.newest = nn.Linear(config.newest * width, dim)
+        more = (self.related, self.numbers, self.newest)
+        extra = sum(x is not None for x in more) + user_tokens
         self.mix_tower = MixTower(
             target.n_tokens + config.queries + extra, dim, len(plan.tasks), config=config.mix
         )
@@ -204,8 +221,9 @@ class Reader(nn.Module):
         )
         mixed.append(pooled)
         if self.numbers is not None:
-            known = self.numbers(torch.cat([read.history, read.numbers], dim=1))
-            mixed.append(known[:, None])
+            mixed.append(self.numbers(read.known)[:, None])
+        if self.newest is not None:
+            mixed.append(self.newest(read.newest)[:, None])
         if read.users is not None:
             mixed.append(read.users)
         return self.mix_tower(torch.cat(mixed, dim=1), read.dense)

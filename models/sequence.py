@@ -28,7 +28,7 @@ from models.features import FeaturePlan
 from models.history import stream_numbers, target_pairs, visible_pairs
 from models.numbers import Standardise
 from models.outputs import Outputs
-from models.reader import AttentionPooling, HistoryNumbers, Read, Reader
+from models.reader import AttentionPooling, HistoryNumbers, Read, Reader, newest_events
 from models.tables import TableConfig, Tables
 from models.towers import MixTower, TargetEncoder, TowerConfig, mlp, of_targets
 
@@ -51,6 +51,7 @@ class SequenceConfig:
         encoder: what kind of layer.
         matches: give the interaction the exact counts of `models.history` too.
         pairs: relate the candidate to each event by `models.pairs`, inside the attention and beside it.
+        newest: of the visible events, so many are read as they are too, beside the attention.
         numbers: width of the MLP that reads what is counted and known beside the attention.
         members: readers of the history, whose logits are averaged; the cost grows with them.
         mix, user_mix: the interaction modules over the M, and over the K embeddings.
@@ -66,6 +67,7 @@ class SequenceConfig:
     encoder: Encoder = Encoder.SOFTMAX
     matches: bool = True
     pairs: bool = True
+    newest: int = 2
     numbers: int = 192
     members: int = 1
     mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(6,)))
@@ -112,12 +114,17 @@ class Sequence(nn.Module):
         self.target = TargetEncoder(plan, dim)
 
         self.history = HistoryNumbers(plan, config)
+        known = 0
+        if self.history.width:
+            known = self.target.width + self.target.n_tokens * dim + config.newest * width
+            known += self.history.width + (0 if user_side is None else user_side.width)
         self.readers = nn.ModuleList(
             Reader(
                 plan,
                 config,
                 target=self.target,
                 history=self.history,
+                known=known,
                 user_tokens=0 if user_side is None else user_side.n_tokens,
             )
             for _ in range(config.members)
@@ -143,11 +150,18 @@ class Sequence(nn.Module):
         embeddings = self.tables([*of_events, *of_items, *of_users])
         first, last = len(of_events), len(of_events) + len(of_items)
         events = self._encode(batch, embeddings[:first])
-        numbers = self.target.numbers(batch)
-        tokens, dense = self.target(batch, embeddings[first:last], numbers)
+        of_target = self.target.numbers(batch)
+        tokens, dense = self.target(batch, embeddings[first:last], of_target)
         pairs = target_pairs(batch)
-        nightly = None if self.user_side is None else self.user_side(batch, embeddings[last:])
-        read = Read(events, tokens, dense, numbers, nightly, pairs, *self.history(batch, pairs))
+        of_history, of_pairs = self.history(batch, pairs)
+        newest = newest_events(events, batch, self.config.newest)
+        known, nightly = [of_target, of_history, tokens.flatten(1), newest], None
+        if self.user_side is not None:
+            nightly, of_user = self.user_side(batch, embeddings[last:])
+            known.append(of_user)
+        read = Read(
+            events, tokens, dense, nightly, newest, torch.cat(known, dim=1), pairs, of_pairs
+        )
         members = torch.stack([reader(batch, read) for reader in self.readers])
         users = self._users(batch, events, *served_prefix(batch, self.plan))
         expanded = of_targets(batch, users)

@@ -125,9 +125,12 @@ class UserEncoder(nn.Module):
         scaled = self.standardise(batch.dense, batch.has_aggregates > 0)
         return torch.cat([scaled, batch.has_aggregates[:, None]], dim=1)
 
-    def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Tokens (R, n_tokens, D) and the dense embedding (R, D)."""
-        outputs = self.dense(self.numbers(batch)).unflatten(1, (self.dense_tokens + 1, self.dim))
+    def forward(
+        self, batch: Batch, embeddings: list[Tensor], numbers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (R, n_tokens, D) and the dense embedding (R, D); `numbers` where they are known."""
+        numbers = self.numbers(batch) if numbers is None else numbers
+        outputs = self.dense(numbers).unflatten(1, (self.dense_tokens + 1, self.dim))
         looked_up = [e[:, None] for e in embeddings]
         return torch.cat([*looked_up, outputs[:, 1:]], dim=1), outputs[:, 0]
 

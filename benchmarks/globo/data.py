@@ -31,7 +31,7 @@ from models.history import bag_match_numbers, match_numbers, stream_numbers, tar
 WINDOW = 50  # newest events with an item that a sequence holds
 _MINUTE_US = 60_000_000
 _LIMITS = Limits(max_targets=8192)
-_VERSION = 1  # of what is computed here: files of another are made again
+_VERSION = 2  # of what is computed here: files of another are made again
 
 
 @dataclass(frozen=True, kw_only=True)

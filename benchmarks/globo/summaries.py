@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-_SMOOTHING = 20.0  # of the share of an item's followers that a candidate has
-
 
 class Segments:
     """Values per pair, reduced to one per target.
@@ -52,23 +50,17 @@ Columns = dict[str, np.ndarray]
 
 def together(segments: Segments, numbers: np.ndarray, names: tuple[str, ...]) -> Columns:
     """What is known of pairs of items: newest, largest of the 3 newest, largest, sum and mean over the
-    history, of each number and of the smoothed share of those who had the event's item that had the
-    candidate after it.
+    history, of each number.
 
     Args:
         segments: of the P pairs.
-        numbers: (P, C) float32, `FeaturePlan.pair_numbers`: logarithms of counts, as
-            `jobs/training/co_occurrence.py` defines them.
+        numbers: (P, C) float32, `FeaturePlan.pair_numbers`, which `jobs/training/co_occurrence.py`
+            defines.
         names: of the C.
     """
-    values = dict(zip(names, numbers.T, strict=True))
-    for name in names:
-        both = name.removesuffix("_seen")
-        if both != name:
-            values[f"{both}_share"] = np.exp(values[both]) / (np.exp(values[name]) + _SMOOTHING)
     found: Columns = {}
     keep, recent = segments.within(3)
-    for name, number in values.items():
+    for name, number in zip(names, numbers.T, strict=True):
         total = segments.reduce(np.add, number, 0.0)
         found[f"{name}_newest"] = segments.newest(number, 0, np.nan)
         found[f"{name}_max3"] = recent.reduce(np.maximum, number[keep], np.nan)

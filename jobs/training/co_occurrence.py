@@ -10,6 +10,7 @@ Of an item a and a value b, of the pairs in `[start of the day of as_of - window
     together = log(1 + n(a, b))
     lift     = log((1 + n(a, b)) / (1 + n(a) n(b) / n))       0 where nothing is known
     seen     = log(1 + n(b))
+    share    = n(a, b) / (n(b) + 20)                          how many who had b had a next
     after    = log(1 + n(b, a))                               of items alone
 """
 
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from feature_store.lake import Lake
     from models.batch import Batch
 
-NUMBERS = 3  # together, lift, seen
+NUMBERS = 4  # together, lift, seen, share
+_SMOOTHING = 20.0  # events of b that had no a, of a b that nobody has had
 _HOUR_BITS = 16
 
 
@@ -106,6 +108,7 @@ class _Index:
         found[:, 0] = np.log1p(both)
         found[:, 1] = np.log((1 + both) / (1 + share[of] * value))
         found[:, 2] = np.log1p(value)
+        found[:, 3] = both / (value + _SMOOTHING)
         found[(items == MISSING_ID) | (values == MISSING_ID)] = 0.0
         return found
 
@@ -152,7 +155,7 @@ class CoOccurrences:
             of: (m,) int64, each pair's target; None: m = T, one each.
 
         Returns:
-            (m, NUMBERS) float32: together, lift, seen.
+            (m, NUMBERS) float32: together, lift, seen, share.
         """
         index, hours = self._asked(column, as_of)
         of = np.arange(len(items)) if of is None else of

@@ -84,10 +84,6 @@ def test_summaries_are_those_of_the_visible_events_with_an_item(lake) -> None:
                 f"{name}_newest": of[-1], f"{name}_max3": of[-3:].max(), f"{name}_max": of.max(),
                 f"{name}_sum": of.sum(), f"{name}_mean": of.mean(),
             }  # fmt: skip
-            if name.endswith("_seen"):
-                both = numbers[:, names.index(name.removesuffix("_seen"))]
-                share = np.exp(both) / (np.exp(of) + 20)
-                wanted[f"{name.removesuffix('_seen')}_share_max"] = share.max()
         for name, value in wanted.items():
             np.testing.assert_allclose(column(flat, name)[t], value, rtol=2e-4, atol=1e-5)
     assert seen > 20

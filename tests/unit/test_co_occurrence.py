@@ -29,7 +29,7 @@ def _lake(days=6, seed=0):
 
 
 def _naive(lake, column: str, item: int, value: int, as_of: int) -> list[float]:
-    """together, lift and seen by going through every row of the table."""
+    """together, lift, seen and share by going through every row of the table."""
     day = as_of - (as_of + SPEC.utc_offset.total_seconds() * 1e6) % DAY_US
     first = (day - SPEC.item_features.co_occurrence.window_days * DAY_US) // HOUR_US
     both = ours = theirs = everything = 0
@@ -43,7 +43,8 @@ def _naive(lake, column: str, item: int, value: int, as_of: int) -> list[float]:
                 theirs += n * (v == value)
                 both += n * (row["item_id"] == item and v == value)
     expected = ours * theirs / max(everything, 1)
-    return [math.log1p(both), math.log((1 + both) / (1 + expected)), math.log1p(theirs)]
+    lift = math.log((1 + both) / (1 + expected))
+    return [math.log1p(both), lift, math.log1p(theirs), both / (theirs + 20)]
 
 
 def test_numbers_are_what_the_rows_add_up_to():
@@ -121,12 +122,12 @@ def test_batches_carry_the_numbers_of_their_targets_and_pairs():
             start = int(batch.event_offsets[batch.row_of_target[t]])
             for n in range(start, start + int(batch.history_end[t])):
                 ad = int(batch.event_ids["ad"][n])
-                wanted = [0.0] * 7
+                wanted = [0.0] * 9
                 if ad != -1:
                     wanted = _naive(lake, "before_1__ad", item, ad, as_of)
                     wanted += _naive(lake, "before_20__ad", item, ad, as_of)
                     wanted += _naive(lake, "before_20__ad", ad, item, as_of)[:1]
-                assert batch.pair_numbers[pair, :7].tolist() == pytest.approx(wanted, abs=1e-5)
+                assert batch.pair_numbers[pair, :9].tolist() == pytest.approx(wanted, abs=1e-5)
                 pair += 1
         of_pairs += pair
         if of_pairs > 60:  # each is counted by going through the whole table

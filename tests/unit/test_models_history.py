@@ -21,6 +21,7 @@ from models.history import (
     target_pairs,
 )
 from models.numbers import Standardise
+from models.reader import newest_events
 from models.sequence import served_prefix
 from tests.batches import random_batch
 from tests.tiny import TINY
@@ -147,3 +148,16 @@ def test_phases_repeat_by_day_and_week_and_gaps_double() -> None:
     gaps = torch.tensor([-5, 0, 1_000_000, 2_000_000, 5_000_000, 10**18])
     assert gap_bucket(gaps).tolist() == [0, 0, 1, 2, 3, 31]
     assert math.isfinite(float(phases(torch.tensor([0])).sum()))
+
+
+def test_the_newest_events_are_the_last_of_each_target_s_prefix(batch: Batch) -> None:
+    events = torch.randn(batch.events, 3)
+    found = newest_events(events, batch, 2).unflatten(1, (2, 3))
+    lengths = set()
+    for t in range(batch.targets):
+        seen = visible(batch, t)
+        lengths.add(min(len(seen), 3))
+        for back in range(2):
+            wanted = events[seen[-1 - back]] if len(seen) > back else torch.zeros(3)
+            assert torch.equal(found[t, back], wanted)
+    assert lengths >= {0, 1, 3}
