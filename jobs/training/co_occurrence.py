@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from models.batch import Batch
 
 NUMBERS = 4  # together, lift, seen, share
-_SMOOTHING = 20.0  # events of b that had no a, of a b that nobody has had
+_SMOOTHING = 20.0  # added to n(b): of few events a share says little
 _HOUR_BITS = 16
 
 
@@ -100,13 +100,13 @@ class _Index:
         """
         first, end = hours
         item = self.items.between(mix(items, 1), first, end)
-        share = item / np.maximum(self.all.between(np.zeros(len(items), np.uint64), first, end), 1)
+        rate = item / np.maximum(self.all.between(np.zeros(len(items), np.uint64), first, end), 1)
         first, end, items = first[of], end[of], items[of]
         both = self.pairs.between(_pair(items, values), first, end)
         value = self.values.between(mix(values, 2), first, end)
         found = np.empty((len(values), NUMBERS), np.float32)
         found[:, 0] = np.log1p(both)
-        found[:, 1] = np.log((1 + both) / (1 + share[of] * value))
+        found[:, 1] = np.log((1 + both) / (1 + rate[of] * value))
         found[:, 2] = np.log1p(value)
         found[:, 3] = both / (value + _SMOOTHING)
         found[(items == MISSING_ID) | (values == MISSING_ID)] = 0.0
