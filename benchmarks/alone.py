@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from benchmarks.globo.results import Predictions, Result, Store, listed, same_labels, write_json
 from benchmarks.progressive import Progressive
+from benchmarks.results import Predictions, Result, Store, listed, write_json
 from feature_store.days import shift
 from feature_store.embeddings import UserEmbeddings
 from feature_store.errors import DataError
@@ -31,7 +31,6 @@ from jobs.training.ids import seed_of
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows, share_within
 from jobs.training.loop import Scored
 from jobs.training.rows import Rows
-from models.metrics import Interval, entropy, normalized_entropy, row_logloss
 
 BUDGET = DownstreamTraining(max_train_targets=150_000, max_test_targets=100_000)
 ROUNDS = 4  # newest ones
@@ -149,75 +148,6 @@ def label_counts(dataset: Dataset, task: Task, rows: Mapping[str, Sequence[Rows]
     index = [t.name for t in dataset.tasks].index(task.name)
     labels = np.concatenate([r.labels[:, index] for of_day in rows.values() for r in of_day])
     return np.array([(labels == 1).sum(), (labels != NO_LABEL).sum()])
-
-
-class Pair(NamedTuple):
-    """Predictions of the same labels, by target, and the base rate that both were trained on."""
-
-    mine: Predictions
-    other: Predictions
-    base_rate: float
-
-
-def mean_ne_difference(pairs: Sequence[Pair], *, samples: int = 1000, seed: int = 0) -> Interval:
-    """NE of `mine` less NE of `other`, averaged over the pairs, with its 95 % interval.
-
-    A paired bootstrap as in `models.metrics.bootstrap_ne_differences`; a user is drawn in all pairs
-    at once, since tasks and seeds share users.
-
-    Raises:
-        DataError: a pair was tested on different labels.
-    """
-    for mine, other, _ in pairs:
-        if not same_labels(mine, other):
-            raise DataError(
-                f"predictions of {len(mine)} and {len(other)} labels are not of the same ones: delete the "
-                "older of the two results"
-            )
-    users, place = np.unique(np.concatenate([p.mine.user_id for p in pairs]), return_inverse=True)
-    of = np.split(place, np.cumsum([len(p.mine) for p in pairs])[:-1])
-    lost = [
-        (row_logloss(a.label, a.prediction) - row_logloss(b.label, b.prediction)) / entropy(rate)
-        for a, b, rate in pairs
-    ]
-    n = len(users)
-    sums = np.stack([np.bincount(u, x, minlength=n) for u, x in zip(of, lost, strict=True)], axis=1)
-    rows = np.stack([np.bincount(u, minlength=n) for u in of], axis=1).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    draws = np.empty(samples)
-    for i in range(samples):
-        weight = np.bincount(rng.integers(n, size=n), minlength=n)
-        draws[i] = ((weight @ sums) / (weight @ rows)).mean()
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(
-        mean=float((sums.sum(0) / rows.sum(0)).mean()), low=float(low), high=float(high)
-    )
-
-
-def difference(
-    mine: Sequence[Result],
-    part: str,
-    other: Sequence[Result],
-    other_part: str,
-    base_rates: Mapping[str, float],
-) -> Interval:
-    """NE of a part of `mine` less NE of a part of `other`, averaged over the tasks of `base_rates` and
-    the seeds that both have."""
-    seeds = {result.seed: result for result in other}
-    return mean_ne_difference(
-        [
-            Pair(a.predictions.of(task, part), seeds[a.seed].predictions.of(task, other_part), rate)
-            for a in mine
-            if a.seed in seeds
-            for task, rate in base_rates.items()
-        ]
-    )
-
-
-def mean_ne(results: Sequence[Result], part: str, base_rates: Mapping[str, float]) -> float:
-    """NE of a part, averaged over the tasks of `base_rates` and over seeds."""
-    found = [(r.predictions.of(t, part), rate) for r in results for t, rate in base_rates.items()]
-    return float(np.mean([normalized_entropy(p.label, p.prediction, rate) for p, rate in found]))
 
 
 def flags(program: str, about: str | None) -> argparse.ArgumentParser:

@@ -26,16 +26,22 @@ from benchmarks.alone import (
     ALL_TASKS,
     Program,
     decode,
-    difference,
     fit,
     flags,
     label_counts,
-    mean_ne,
     rounds,
     with_embeddings,
 )
-from benchmarks.globo.results import Predictions, Result, interval_text, joined, of_scored
 from benchmarks.progressive import Progressive, published
+from benchmarks.results import (
+    Predictions,
+    Result,
+    difference,
+    interval_text,
+    joined,
+    mean_ne,
+    of_scored,
+)
 from feature_store import datasets
 from feature_store.days import shift
 from feature_store.embeddings import EmbeddingKind

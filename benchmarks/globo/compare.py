@@ -19,15 +19,14 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.globo import table
-from benchmarks.globo.data import Flat, Split, concat, flat_day
-from benchmarks.globo.results import Result, Store, listed, write_json
+from benchmarks.globo.data import SPLIT, Flat, concat, flat_day
+from benchmarks.results import Result, Store, listed, write_json
+from benchmarks.split import Split, base_rates, pins
 from feature_store import datasets
 from feature_store.errors import HeadwaterError, SpecError
 from feature_store.lake import Lake
@@ -59,7 +58,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_argument(
         "--tuning-share", type=float, default=0.25, help="of those, for trials of peers"
     )
-    cli.add_argument("--first", default=Split().train[0], help="day to train from")
+    cli.add_argument("--first", default=SPLIT.train[0], help="day to train from")
     cli.add_argument("--fuxictr", type=Path, help="a clone of github.com/reczoo/FuxiCTR")
     return cli.parse_args(argv)
 
@@ -77,7 +76,7 @@ class Comparison:
         self, lake: Lake, dataset: Dataset, args: argparse.Namespace, split: Split | None = None
     ) -> None:
         self.lake, self.dataset, self.args = lake, dataset, args
-        self.split = split or Split(train=(args.first, Split().train[1]))
+        self.split = split or replace(SPLIT, train=(args.first, SPLIT.train[1]))
         known = [t.name for t in dataset.tasks]
         self.tasks = args.tasks or known
         for name in self.tasks:
@@ -108,25 +107,15 @@ class Comparison:
 
     def about(self) -> dict[str, Any]:
         """What of the data a result depends on."""
-        pins = {
-            f"{t}/{ds}": p.version
-            for t in ("examples", "labels", "item_aggregates")
-            for ds, p in self.lake.partitions(t).items()
-        }
         return {
             "share": self.args.share, "spec": self.dataset.hash, "split": asdict(self.split),
-            "pins": pins,
+            "pins": pins(self.lake),
         }  # fmt: skip
 
     def base_rates(self) -> dict[str, float]:
         """Of the training days, by task."""
-        counts = {t: np.zeros(2, np.int64) for t in self.tasks}
-        for ds in self.split.days("train"):
-            day = self._day(ds)
-            for task, count in counts.items():
-                label = day.label(task)
-                count += ((label == 1).sum(), (label >= 0).sum())
-        return {t: float(a / b) for t, (a, b) in counts.items()}
+        found = base_rates(self.lake, self.dataset, self.split.days("train"))
+        return {task: found[task] for task in self.tasks}
 
     def run(self) -> list[Result]:
         """Every model and seed that was asked for: what is done, is read."""
@@ -168,7 +157,7 @@ class Comparison:
         return self.store.once(name, [task], seed, {"data": about, "model": peer.config()}, train)
 
     def _ours(self, model: str, seed: int) -> Result:
-        from benchmarks.globo.ours import Ours
+        from benchmarks.ours import Ours
 
         ours = Ours(self.lake, self.dataset, model, self.split, share=self.args.share)
 

@@ -9,7 +9,7 @@ per user-day; a target's are a slice of them. A day is computed once and kept as
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,34 +17,27 @@ from typing import Any
 import numpy as np
 
 from benchmarks.globo import summaries
-from feature_store.days import day_range, shift
+from benchmarks.results import Predictions
+from benchmarks.split import Split, rows_of, shown_on
 from feature_store.errors import DataError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from feature_store.tables import NO_LABEL
 from jobs.training.checkpoints import replacing
-from jobs.training.loader import LabelledDay, Limits, Users, cuts, labelled_day, labelled_rows
+from jobs.training.loader import Limits, cuts
 from jobs.training.rows import Rows
 from models.features import ITEM, FeaturePlan, feature_plan
 from models.history import bag_match_numbers, match_numbers, stream_numbers, target_pairs
 
 WINDOW = 50  # newest events with an item that a sequence holds
 _MINUTE_US = 60_000_000
+SPLIT = Split(
+    train=("2017-10-02", "2017-10-11"),
+    validation=("2017-10-12", "2017-10-12"),
+    test=("2017-10-13", "2017-10-14"),
+)
 _LIMITS = Limits(max_targets=8192)
 _VERSION = 2  # of what is computed here: files of another are made again
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Days shown: first to last of training, then validation, then test."""
-
-    train: tuple[str, str] = ("2017-10-02", "2017-10-11")
-    validation: tuple[str, str] = ("2017-10-12", "2017-10-12")
-    test: tuple[str, str] = ("2017-10-13", "2017-10-14")
-
-    def days(self, part: str) -> list[str]:
-        """The days of `train`, `validation` or `test`."""
-        return day_range(*getattr(self, part))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,30 +182,6 @@ def item_attribute(plan: FeaturePlan) -> str:
     return next(m.name for m in plan.matches if m.candidate == ITEM)
 
 
-def shown_on(lake: Lake, dataset: Dataset, ds: str) -> LabelledDay:
-    """What was shown on `ds`, with the labels of every task that had become final by the lake's end."""
-    known = lake.partitions("labels")
-    tasks = [t for t in dataset.tasks if shift(ds, t.matures_after) in known]
-    found = [
-        labelled_day(
-            lake,
-            dataset,
-            shift(ds, after),
-            tasks=[t.name for t in tasks if t.matures_after == after],
-        )
-        for after in sorted({t.matures_after for t in tasks})
-    ]
-    inputs = {k: v for day in found for k, v in day.inputs.items()}
-    return LabelledDay(ds=ds, shown=tuple(s for day in found for s in day.shown), inputs=inputs)
-
-
-def rows_of(
-    lake: Lake, dataset: Dataset, day: LabelledDay, *, share: float, seed: int | None, **more: Any
-) -> Iterator[Rows]:
-    """The decoded rows of a day, of `share` of all users, in an order given by `seed`."""
-    return labelled_rows(lake, dataset, day.shown, users=Users.ALL, share=share, seed=seed, **more)
-
-
 def flat_day(lake: Lake, dataset: Dataset, ds: str, *, share: float, folder: Path) -> Flat:
     """What was shown on `ds`: from its file in `folder`, or computed and written there."""
     day = shown_on(lake, dataset, ds)
@@ -233,3 +202,17 @@ def flat_day(lake: Lake, dataset: Dataset, ds: str, *, share: float, folder: Pat
         found = concat(parts)
         found.save(path, note)
     return found
+
+
+def predicted(task: str, part: str, rows: Flat, prediction: np.ndarray) -> Predictions:
+    """`prediction` (n,) of the rows, all of which have a label of `task`."""
+    if not np.isfinite(prediction).all():
+        raise FloatingPointError("a prediction is not a number: the model has diverged")
+    return Predictions(
+        task=np.full(len(rows), task),
+        part=np.full(len(rows), part),
+        user_id=rows.user_id,
+        target_id=rows.target_id,
+        label=rows.label(task),
+        prediction=np.asarray(prediction, np.float64),
+    )

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.globo.data import WINDOW, Flat
+from benchmarks.globo.data import WINDOW, Flat, predicted
 from benchmarks.globo.encoded import AGE, AGES, LABEL, SEQUENCE, Batches, Encoder, Pad
-from benchmarks.globo.results import PARTS, Predictions, joined, predicted, tune
+from benchmarks.results import PARTS, Predictions, joined, tune
 from feature_store.errors import SpecError
 from jobs.training.ids import in_share
 from models.metrics import logloss

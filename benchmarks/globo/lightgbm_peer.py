@@ -16,8 +16,8 @@ from typing import Any
 import lightgbm
 import numpy as np
 
-from benchmarks.globo.data import Flat
-from benchmarks.globo.results import PARTS, Predictions, joined, predicted, tune
+from benchmarks.globo.data import Flat, predicted
+from benchmarks.results import PARTS, Predictions, joined, tune
 from feature_store.tables import NO_LABEL
 from jobs.training.ids import in_share
 from models.features import ITEM

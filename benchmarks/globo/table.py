@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.globo.results import PARTS, Result, interval_text, same_labels
+from benchmarks.results import PARTS, Result, interval_text, same_labels
 from feature_store.errors import DataError
 from models.metrics import auc, bootstrap_ne_differences, normalized_entropy
 

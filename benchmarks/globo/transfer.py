@@ -35,8 +35,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.globo import transfer_table as table
-from benchmarks.globo.data import Split
-from benchmarks.globo.results import (
+from benchmarks.globo.data import SPLIT as WHOLE
+from benchmarks.globo.user_sources import Flag, Fresh, RandomSum, Reader, Source, Stored, by_moment
+from benchmarks.results import (
     PARTS,
     Predictions,
     Result,
@@ -46,7 +47,7 @@ from benchmarks.globo.results import (
     of_scored,
     write_json,
 )
-from benchmarks.globo.user_sources import Flag, Fresh, RandomSum, Reader, Source, Stored, by_moment
+from benchmarks.split import Split
 from feature_store import datasets
 from feature_store.days import shift
 from feature_store.embeddings import EmbeddingKind
@@ -65,7 +66,7 @@ from jobs.training.presets import preset
 from jobs.training.rows import Rows
 from models.metrics import normalized_entropy
 
-SPLIT = Split(train=("2017-10-06", "2017-10-11"))
+SPLIT = replace(WHOLE, train=("2017-10-06", "2017-10-11"))
 BUDGET = DownstreamTraining(max_train_targets=150_000, max_test_targets=100_000)
 LAGS_DAYS, LAGS_HOURS = (1, 2, 3), (0, 1)
 

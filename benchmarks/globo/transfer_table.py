@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.globo.results import PARTS, Predictions, Result, interval_text, same_labels
+from benchmarks.results import PARTS, Predictions, Result, interval_text, same_labels
 from feature_store.errors import DataError
 from jobs.training.downstream import REFERENCE
 from models.metrics import (

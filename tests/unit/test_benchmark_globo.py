@@ -12,11 +12,12 @@ import torch
 
 from benchmarks.globo import compare, lightgbm_peer, table
 from benchmarks.globo.compare import Comparison, arguments
-from benchmarks.globo.data import WINDOW, Flat, Split, concat, flat_day, flatten, rows_of, shown_on
+from benchmarks.globo.data import WINDOW, Flat, concat, flat_day, flatten
 from benchmarks.globo.encoded import Batches, Encoder, Pad
 from benchmarks.globo.fuxictr_peers import FuxiCtr
-from benchmarks.globo.ours import Ours
-from benchmarks.globo.results import Predictions, Result, Store, trial
+from benchmarks.ours import Ours
+from benchmarks.results import Predictions, Result, Store, trial
+from benchmarks.split import Split, rows_of, shown_on
 from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
 from feature_store.tables import NO_LABEL

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.globo.histories import shuffled, stale, unseen
+from benchmarks.histories import shuffled, stale, unseen
 from models.batch import Batch
 from models.features import feature_plan
 from models.history import target_pairs

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import alone, embedding_shift
-from benchmarks.alone import Pair, Program, Round, mean_ne_difference, rounds
+from benchmarks.alone import Program, Round, rounds
 from benchmarks.embedding_shift import (
     HELD,
     SERVED,
@@ -25,8 +25,8 @@ from benchmarks.embedding_shift import (
     mean_drift,
     part,
 )
-from benchmarks.globo.results import Predictions, Result
 from benchmarks.progressive import Progressive, published
+from benchmarks.results import Pair, Predictions, Result, mean_ne_difference
 from feature_store.days import day_of, shift
 from feature_store.embeddings import EmbeddingKind
 from feature_store.errors import DataError

@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from benchmarks.globo import transfer_table as table
-from benchmarks.globo.data import Split
-from benchmarks.globo.results import Predictions, Result
 from benchmarks.globo.transfer import TaskData, Transfer, arguments, loaded, report, shown_users
 from benchmarks.globo.user_sources import (
     Flag,
@@ -25,6 +23,8 @@ from benchmarks.globo.user_sources import (
     by_moment,
     moments,
 )
+from benchmarks.results import Predictions, Result
+from benchmarks.split import Split
 from feature_store.days import HOUR_US, shift
 from feature_store.embeddings import EmbeddingKind, published_rows
 from feature_store.errors import DataError, HeadwaterError, MissingPartitionError, SpecError

@@ -1,26 +1,27 @@
-"""What a run has found so far: one file of predictions and one of facts per model, tasks and seed.
+"""What a run has found so far: one file of predictions and one of facts per model, tasks and seed; and
+what two results differ by.
 
-Both are written whole or not at all, the facts last: where they are there and say the same
+Both files are written whole or not at all, the facts last: where they are there and say the same
 configuration, the run is done and is not repeated.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.globo.data import Flat
+from feature_store.errors import DataError
 from feature_store.spec import Dataset
 from jobs.training.checkpoints import replacing, write_atomically
 from jobs.training.loop import Scored
-from models.metrics import Interval
+from models.metrics import Interval, entropy, normalized_entropy, row_logloss
 
 PARTS = ("validation", "test")
 
@@ -71,20 +72,6 @@ def of_scored(dataset: Dataset, part: str, scored: Scored) -> Predictions:
         target_id=scored.target_id,
         label=scored.label,
         prediction=scored.prediction,
-    )
-
-
-def predicted(task: str, part: str, rows: Flat, prediction: np.ndarray) -> Predictions:
-    """`prediction` (n,) of the rows, all of which have a label of `task`."""
-    if not np.isfinite(prediction).all():
-        raise FloatingPointError("a prediction is not a number: the model has diverged")
-    return Predictions(
-        task=np.full(len(rows), task),
-        part=np.full(len(rows), part),
-        user_id=rows.user_id,
-        target_id=rows.target_id,
-        label=rows.label(task),
-        prediction=np.asarray(prediction, np.float64),
     )
 
 
@@ -170,6 +157,75 @@ class Store:
             )  # fmt: skip
             self.write(found)
         return replace(found, config=config)
+
+
+class Pair(NamedTuple):
+    """Predictions of the same labels, by target, and the base rate that both were trained on."""
+
+    mine: Predictions
+    other: Predictions
+    base_rate: float
+
+
+def mean_ne_difference(pairs: Sequence[Pair], *, samples: int = 1000, seed: int = 0) -> Interval:
+    """NE of `mine` less NE of `other`, averaged over the pairs, with its 95 % interval.
+
+    A paired bootstrap as in `models.metrics.bootstrap_ne_differences`; a user is drawn in all pairs
+    at once, since tasks and seeds share users.
+
+    Raises:
+        DataError: a pair was tested on different labels.
+    """
+    for mine, other, _ in pairs:
+        if not same_labels(mine, other):
+            raise DataError(
+                f"predictions of {len(mine)} and {len(other)} labels are not of the same ones: delete the "
+                "older of the two results"
+            )
+    users, place = np.unique(np.concatenate([p.mine.user_id for p in pairs]), return_inverse=True)
+    of = np.split(place, np.cumsum([len(p.mine) for p in pairs])[:-1])
+    lost = [
+        (row_logloss(a.label, a.prediction) - row_logloss(b.label, b.prediction)) / entropy(rate)
+        for a, b, rate in pairs
+    ]
+    n = len(users)
+    sums = np.stack([np.bincount(u, x, minlength=n) for u, x in zip(of, lost, strict=True)], axis=1)
+    rows = np.stack([np.bincount(u, minlength=n) for u in of], axis=1).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    draws = np.empty(samples)
+    for i in range(samples):
+        weight = np.bincount(rng.integers(n, size=n), minlength=n)
+        draws[i] = ((weight @ sums) / (weight @ rows)).mean()
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(
+        mean=float((sums.sum(0) / rows.sum(0)).mean()), low=float(low), high=float(high)
+    )
+
+
+def difference(
+    mine: Sequence[Result],
+    part: str,
+    other: Sequence[Result],
+    other_part: str,
+    base_rates: Mapping[str, float],
+) -> Interval:
+    """NE of a part of `mine` less NE of a part of `other`, averaged over the tasks of `base_rates` and
+    the seeds that both have."""
+    seeds = {result.seed: result for result in other}
+    return mean_ne_difference(
+        [
+            Pair(a.predictions.of(task, part), seeds[a.seed].predictions.of(task, other_part), rate)
+            for a in mine
+            if a.seed in seeds
+            for task, rate in base_rates.items()
+        ]
+    )
+
+
+def mean_ne(results: Sequence[Result], part: str, base_rates: Mapping[str, float]) -> float:
+    """NE of a part, averaged over the tasks of `base_rates` and over seeds."""
+    found = [(r.predictions.of(t, part), rate) for r in results for t, rate in base_rates.items()]
+    return float(np.mean([normalized_entropy(p.label, p.prediction, rate) for p, rate in found]))
 
 
 def trial(path: Path, config: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.globo.data import Split, rows_of, shown_on
-from benchmarks.globo.histories import HISTORIES
-from benchmarks.globo.results import PARTS, Predictions, joined, of_scored
+from benchmarks.histories import HISTORIES
+from benchmarks.results import PARTS, Predictions, joined, of_scored
+from benchmarks.split import Split, rows_of, shown_on
 from feature_store.errors import SpecError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset

@@ -1,0 +1,109 @@
+"""A split in time of a lake's days, and the labelled rows that were shown on one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from feature_store.days import day_range, shift
+from feature_store.errors import DataError
+from feature_store.lake import Lake
+from feature_store.spec import Dataset
+from jobs.training.loader import LabelledDay, Users, labelled_day, labelled_rows
+from jobs.training.rows import Rows
+
+_TEST_DAYS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Days shown: first to last of training, then validation, then test."""
+
+    train: tuple[str, str]
+    validation: tuple[str, str]
+    test: tuple[str, str]
+
+    def days(self, part: str) -> list[str]:
+        """The days of `train`, `validation` or `test`."""
+        return day_range(*getattr(self, part))
+
+
+def newest_split(lake: Lake, dataset: Dataset, *, first: str | None = None) -> Split:
+    """The newest two days that every task has answers for as the test, the day before them for
+    validation, the days before that for training.
+
+    Args:
+        first: day to train from; default: the first that the lake has.
+
+    Raises:
+        DataError: no day is left to train on.
+    """
+    labels = lake.partitions("labels")
+    known = [
+        ds
+        for ds in sorted(lake.partitions("examples"))
+        if all(shift(ds, task.matures_after) in labels for task in dataset.tasks)
+    ]
+    days = [ds for ds in known if first is None or ds >= first]
+    held = _TEST_DAYS + 1
+    if len(days) <= held:
+        raise DataError(
+            f"the lake of {dataset.name} has {len(days)} days with answers to every task"
+            f"{f' from {first} on' if first else ''}, {held + 1} are needed: build more with `make run "
+            f"DATASET={dataset.name}`, and name its HEADWATER_HOME"
+        )
+    return Split(
+        train=(days[0], days[-held - 1]),
+        validation=(days[-held], days[-held]),
+        test=(days[-_TEST_DAYS], days[-1]),
+    )
+
+
+def pins(lake: Lake) -> dict[str, int]:
+    """Versions of what a result of all days depends on: {"<table>/<ds>": version}."""
+    return {
+        f"{t}/{ds}": p.version
+        for t in ("examples", "labels", "item_aggregates")
+        for ds, p in lake.partitions(t).items()
+    }
+
+
+def shown_on(lake: Lake, dataset: Dataset, ds: str) -> LabelledDay:
+    """What was shown on `ds`, with the labels of every task that had become final by the lake's end."""
+    known = lake.partitions("labels")
+    tasks = [t for t in dataset.tasks if shift(ds, t.matures_after) in known]
+    found = [
+        labelled_day(
+            lake,
+            dataset,
+            shift(ds, after),
+            tasks=[t.name for t in tasks if t.matures_after == after],
+        )
+        for after in sorted({t.matures_after for t in tasks})
+    ]
+    inputs = {k: v for day in found for k, v in day.inputs.items()}
+    return LabelledDay(ds=ds, shown=tuple(s for day in found for s in day.shown), inputs=inputs)
+
+
+def rows_of(
+    lake: Lake, dataset: Dataset, day: LabelledDay, *, share: float, seed: int | None, **more: Any
+) -> Iterator[Rows]:
+    """The decoded rows of a day, of `share` of all users, in an order given by `seed`."""
+    return labelled_rows(lake, dataset, day.shown, users=Users.ALL, share=share, seed=seed, **more)
+
+
+def base_rates(lake: Lake, dataset: Dataset, days: Sequence[str]) -> dict[str, float]:
+    """By task, the positive share of the labels of what was shown on `days`.
+
+    Raises:
+        DataError: a task has no label there.
+    """
+    found = {task.name: (0, 0) for task in dataset.tasks}
+    for ds in days:
+        for task, (positives, labels) in shown_on(lake, dataset, ds).counts().items():
+            found[task] = (found[task][0] + positives, found[task][1] + labels)
+    for task, (_, labels) in found.items():
+        if not labels:
+            raise DataError(f"task {task} has no label of {days[0]} to {days[-1]}: train on more days")
+    return {task: positives / labels for task, (positives, labels) in found.items()}
