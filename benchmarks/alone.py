@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.progressive import Progressive
-from benchmarks.results import Predictions, Result, Store, listed, write_json
+from benchmarks.results import Predictions, Result, Store, listed
 from feature_store.days import shift
 from feature_store.embeddings import UserEmbeddings
 from feature_store.errors import DataError
@@ -24,7 +24,6 @@ from feature_store.lake import Lake
 from feature_store.spec import Dataset, Task
 from feature_store.tables import NO_LABEL
 from jobs.settings import Settings
-from jobs.training.checkpoints import write_atomically
 from jobs.training.config import to_plain
 from jobs.training.downstream import ArmConfig, Comparison, DownstreamTraining, Loaded, load
 from jobs.training.ids import seed_of
@@ -164,7 +163,7 @@ def flags(program: str, about: str | None) -> argparse.ArgumentParser:
 
 
 class Program:
-    """A program's results and table in `<out>/<program>/<dataset>/`.
+    """A program's results, which `store` keeps in `<out>/<program>/<dataset>/`.
 
     Args:
         name: of the program.
@@ -192,9 +191,3 @@ class Program:
             train = partial(measure, training, seed=seed)
             found.append(self.store.once(name, tasks, seed, about, train))
         return found
-
-    def write(self, table: str, values: Any) -> None:
-        """Print the table, and keep it as `table.md` and its values as `table.json`."""
-        write_atomically(self.store.folder / "table.md", table.encode())
-        write_json(self.store.folder / "table.json", values)
-        print(table)

@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    program.write(markdown(found, dataset), [asdict(x) for x in found])
+    program.store.write_table(markdown(found, dataset), [asdict(x) for x in found])
 
 
 if __name__ == "__main__":

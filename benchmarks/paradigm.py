@@ -34,7 +34,6 @@ from benchmarks.results import (
     interval_text,
     listed,
     mean_ne,
-    write_json,
 )
 from benchmarks.split import Split, base_rates, newest_split, pins
 from feature_store import datasets
@@ -42,7 +41,6 @@ from feature_store.errors import HeadwaterError, SpecError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from jobs.settings import Settings
-from jobs.training.checkpoints import write_atomically
 from models.metrics import Interval
 
 ROWS = {
@@ -169,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    rates, folder = paradigm.base_rates, paradigm.store.folder
-    text = markdown(results, rates, dataset)
+    rates = paradigm.base_rates
     values = {
         "base_rates": rates,
         "ne": {
@@ -182,9 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for text, by_task in answers(results, rates).items()
         },
     }
-    write_atomically(folder / "table.md", text.encode())
-    write_json(folder / "table.json", values)
-    print(text)
+    paradigm.store.write_table(markdown(results, rates, dataset), values)
 
 
 if __name__ == "__main__":

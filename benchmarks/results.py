@@ -137,7 +137,13 @@ class Store:
         with replacing(path.with_suffix(".parquet")) as staging:
             pq.write_table(table, staging)
         about = {k: getattr(result, k) for k in ("model", "tasks", "seed", "config", "facts")}
-        write_json(path, about)
+        _write_json(path, about)
+
+    def write_table(self, table: str, values: Any) -> None:
+        """Print the table, and keep it as `table.md` and its values as `table.json`."""
+        write_atomically(self.folder / "table.md", table.encode())
+        _write_json(self.folder / "table.json", values)
+        print(table)
 
     def once(
         self,
@@ -293,6 +299,6 @@ def tune(
     return best, spent
 
 
-def write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: Any) -> None:
     """`value` as the file, whole or not at all."""
     write_atomically(path, json.dumps(value, indent=1).encode())

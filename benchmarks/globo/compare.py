@@ -25,14 +25,13 @@ from typing import Any
 
 from benchmarks.globo import table
 from benchmarks.globo.data import SPLIT, Flat, concat, flat_day
-from benchmarks.results import Result, Store, listed, write_json
+from benchmarks.results import Result, Store, listed
 from benchmarks.split import Split, base_rates, pins
 from feature_store import datasets
 from feature_store.errors import HeadwaterError, SpecError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from jobs.settings import Settings
-from jobs.training.checkpoints import write_atomically
 
 CLICKS = ("click", "click_matched")
 FUXICTR = ("din", "dien", "transact", "bst")
@@ -180,11 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    text = table.markdown(lines)
-    folder = comparison.store.folder
-    write_atomically(folder / "table.md", text.encode())
-    write_json(folder / "table.json", [asdict(line) for line in lines])
-    print(text)
+    comparison.store.write_table(table.markdown(lines), [asdict(line) for line in lines])
 
 
 if __name__ == "__main__":

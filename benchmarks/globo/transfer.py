@@ -45,7 +45,6 @@ from benchmarks.results import (
     joined,
     listed,
     of_scored,
-    write_json,
 )
 from benchmarks.split import Split
 from feature_store import datasets
@@ -56,7 +55,6 @@ from feature_store.lake import Lake
 from feature_store.spec import Dataset, Task
 from jobs.publish_embeddings import POOLED_DAYS
 from jobs.settings import Settings
-from jobs.training.checkpoints import write_atomically
 from jobs.training.co_occurrence import days_read
 from jobs.training.config import to_plain
 from jobs.training.downstream import ArmConfig, Comparison, DownstreamTraining, Loaded, arms
@@ -323,11 +321,7 @@ def report(transfer: Transfer) -> None:
     """Run, print and keep."""
     lines = table.lines(transfer.run())
     lags = table.lag_lines(lines, transfer.lags())
-    text = table.markdown(lines, lags)
-    folder = transfer.store.folder
-    write_atomically(folder / "table.md", text.encode())
-    write_json(folder / "table.json", table.plain(lines, lags))
-    print(text)
+    transfer.store.write_table(table.markdown(lines, lags), table.plain(lines, lags))
 
 
 if __name__ == "__main__":
