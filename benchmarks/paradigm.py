@@ -22,12 +22,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from benchmarks.alone import flags
 from benchmarks.ours import Ours
 from benchmarks.results import (
-    Predictions,
     Result,
     Store,
     difference,
@@ -98,11 +96,13 @@ class Paradigm:
         self.split = split or newest_split(lake, dataset, first=args.first)
         self.lake, self.dataset, self.args = lake, dataset, args
         self.store = Store(args.out / "paradigm" / dataset.name)
-        self.base_rates = base_rates(lake, dataset, self.split.days("train"))
+        tasks = [task.name for task in dataset.tasks]
+        self.base_rates = base_rates(lake, dataset, self.split.days("train"), tasks)
 
     def run(self) -> dict[str, list[Result]]:
         """By row: what is done, is read."""
         about = {"spec": self.dataset.hash, "split": asdict(self.split), "pins": pins(self.lake)}
+        tasks = list(self.base_rates)
         found: dict[str, list[Result]] = {row: [] for row in self.args.models}
         for seed in map(int, self.args.seeds):
             for row in found:
@@ -110,13 +110,9 @@ class Paradigm:
                 name = ":".join([row, *changes])
                 model = Ours(self.lake, self.dataset, name, self.split, share=1.0)
                 config = {"data": about, "model": model.config()}
-                train = partial(_trained, model, seed)
-                found[row].append(self.store.once(name, list(self.base_rates), seed, config, train))
+                train = partial(model.run, tasks, seed)
+                found[row].append(self.store.once(name, tasks, seed, config, train))
         return found
-
-
-def _trained(model: Ours, seed: int) -> tuple[Predictions, dict[str, Any]]:
-    return model.run([task.name for task in model.dataset.tasks], seed)
 
 
 def answers(
@@ -135,7 +131,10 @@ def answers(
 
 
 def markdown(
-    results: Mapping[str, Sequence[Result]], rates: Mapping[str, float], dataset: Dataset
+    results: Mapping[str, Sequence[Result]],
+    differences: Mapping[str, Mapping[str, Interval]],
+    rates: Mapping[str, float],
+    dataset: Dataset,
 ) -> str:
     """NE of each row on validation and test, and what separates them."""
     titles = [f"`{t.name}`{' (sampled)' if t.sampled else ''}" for t in dataset.tasks]
@@ -149,7 +148,7 @@ def markdown(
             cells = [f"{mean_ne(of, part, {task: rate}):.4f}" for task, rate in rates.items()]
             out.append(f"| {ROWS[row]} | {' | '.join(cells)} |")
     out += [f"\n| test, difference | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
-    for text, by_task in answers(results, rates).items():
+    for text, by_task in differences.items():
         cells = [interval_text(by_task[task]) for task in rates]
         out.append(f"| {text} | {' | '.join(cells)} |")
     seeds = {r.seed for of in results.values() for r in of}
@@ -168,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     rates = paradigm.base_rates
+    differences = answers(results, rates)
     values = {
         "base_rates": rates,
         "ne": {
@@ -176,10 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "differences": {
             text: {task: asdict(found) for task, found in by_task.items()}
-            for text, by_task in answers(results, rates).items()
+            for text, by_task in differences.items()
         },
     }
-    paradigm.store.write_table(markdown(results, rates, dataset), values)
+    paradigm.store.write_table(markdown(results, differences, rates, dataset), values)
 
 
 if __name__ == "__main__":

@@ -93,17 +93,23 @@ def rows_of(
     return labelled_rows(lake, dataset, day.shown, users=Users.ALL, share=share, seed=seed, **more)
 
 
-def base_rates(lake: Lake, dataset: Dataset, days: Sequence[str]) -> dict[str, float]:
-    """By task, the positive share of the labels of what was shown on `days`.
+def base_rates(
+    lake: Lake, dataset: Dataset, days: Sequence[str], tasks: Sequence[str]
+) -> dict[str, float]:
+    """By task of `tasks`, the positive share of the labels of what was shown on `days`.
 
     Raises:
         DataError: a task has no label there.
     """
-    found = {task.name: (0, 0) for task in dataset.tasks}
+    found = dict.fromkeys(tasks, (0, 0))
     for ds in days:
-        for task, (positives, labels) in shown_on(lake, dataset, ds).counts().items():
-            found[task] = (found[task][0] + positives, found[task][1] + labels)
+        counts = shown_on(lake, dataset, ds).counts()
+        for task, (positives, labels) in found.items():
+            more = counts.get(task, (0, 0))
+            found[task] = (positives + more[0], labels + more[1])
     for task, (_, labels) in found.items():
         if not labels:
-            raise DataError(f"task {task} has no label of {days[0]} to {days[-1]}: train on more days")
+            raise DataError(
+                f"task {task} has no label of {days[0]} to {days[-1]}: train on more days"
+            )
     return {task: positives / labels for task, (positives, labels) in found.items()}

@@ -113,8 +113,7 @@ class Comparison:
 
     def base_rates(self) -> dict[str, float]:
         """Of the training days, by task."""
-        found = base_rates(self.lake, self.dataset, self.split.days("train"))
-        return {task: found[task] for task in self.tasks}
+        return base_rates(self.lake, self.dataset, self.split.days("train"), self.tasks)
 
     def run(self) -> list[Result]:
         """Every model and seed that was asked for: what is done, is read."""

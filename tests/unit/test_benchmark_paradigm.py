@@ -50,11 +50,12 @@ def test_the_split_is_the_newest_days_that_every_task_has_answers_for(lake) -> N
 
 def test_base_rates_are_of_the_labels_of_what_the_days_showed(lake) -> None:
     shown = [r for ds in DAYS[1:3] for r in lake.rows["impressions"][ds].to_pylist()]
-    found = base_rates(lake, SPEC, DAYS[1:3])
+    found = base_rates(lake, SPEC, DAYS[1:3], list(RATES))
     for task, label in (("click", "label__clicked"), ("buy", "label__bought")):
         assert found[task] == pytest.approx(np.mean([r[label] for r in shown]))
     with pytest.raises(DataError, match="buy has no label"):  # its answers come a day later
-        base_rates(lake, SPEC, [DAYS[-1]])
+        base_rates(lake, SPEC, [DAYS[-1]], list(RATES))
+    assert list(base_rates(lake, SPEC, [DAYS[-1]], ["click"])) == ["click"]
 
 
 def test_rows_are_trained_once_by_their_names_and_seeds(lake, tmp_path, monkeypatch) -> None:
@@ -121,9 +122,9 @@ def test_a_difference_is_of_the_first_row_less_the_second() -> None:
     some = {row: results[row] for row in ("sequence", "sequence:stale")}
     assert list(answers(some, RATES)) == ["freshness: events of today"]
     made_up = replace(SPEC, simulated=True)
-    text = markdown(results, RATES, made_up)
+    text = markdown(results, found, RATES, made_up)
     assert all(title in text for title in ROWS.values()) and "2 seed(s); simulated data" in text
-    assert "simulated" not in markdown(results, RATES, replace(SPEC, simulated=False))
+    assert "simulated" not in markdown(results, found, RATES, replace(SPEC, simulated=False))
 
 
 def test_the_program_trains_every_row_and_keeps_its_table(
