@@ -44,8 +44,8 @@ def same(one: pa.Array, other: pa.Array) -> bool:
         lengths = one.value_lengths().equals(other.value_lengths())
         return lengths and same(one.flatten(), other.flatten())
     if pa.types.is_floating(one.type):
-        pair = (x.to_numpy(zero_copy_only=False) for x in (one, other))
-        return np.array_equal(*pair, equal_nan=True)
+        mine, theirs = (x.to_numpy(zero_copy_only=False) for x in (one, other))
+        return np.array_equal(mine, theirs, equal_nan=True)
     return False
 
 
@@ -79,7 +79,7 @@ def _champions(home: Path, dataset: Dataset, model: str, days: list[str]) -> lis
     settings = Settings.from_env({"HEADWATER_HOME": str(home)})
     checkpoints = Checkpoints(settings.snapshot_dir(dataset.name, model, days[0]).parent)
     found = [checkpoints.newest_champion(day) for day in days]
-    return [champion and champion.id for champion in found]
+    return [None if champion is None else champion.id for champion in found]
 
 
 def main() -> None:

@@ -96,9 +96,7 @@ class Ours:
         for ds in self.split.days("train"):
             learner.keep_parent(trained)
             done = train(
-                learner,
-                lambda epoch, skip, ds=ds: self._batches(ds, seed_of(ds, self.model, seed, epoch)),
-                seed=seed_of("train", ds, self.model, seed),
+                learner, partial(self._epoch, ds, seed), seed=seed_of("train", ds, self.model, seed)
             )
             trained |= {t.name for t, n in zip(self.dataset.tasks, done.labels, strict=True) if n}
             seconds += done.seconds
@@ -112,16 +110,17 @@ class Ours:
                 found.append(of_scored(self.dataset, part, mine))
         return joined(found), {"seconds": seconds, "device": learner.device.type}
 
-    def _batches(self, ds: str, seed: int) -> Iterator[Batch]:
-        for rows in self._rows(ds, seed):
+    def _epoch(self, ds: str, seed: int, epoch: int, skip: int) -> Iterator[Batch]:
+        for rows in self._rows(ds, seed_of(ds, self.model, seed, epoch)):
             for lo, hi in cuts(rows, self.preset.training.limits):
                 yield rows.batch(lo, hi)
 
     def _learner(self) -> Learner:
         of = self.dataset, self.preset, choose_device()
-        if self.histories is None:
+        histories, plan = self.histories, feature_plan(self.dataset)
+        if histories is None:
             return Learner(*of)
-        return _Seeing(*of, seen=partial(self.histories, plan=feature_plan(self.dataset)))
+        return _Seeing(*of, seen=lambda batch: histories(batch, plan))
 
     def _rows(self, ds: str, seed: int | None) -> Any:
         day = shown_on(self.lake, self.dataset, ds)

@@ -25,10 +25,30 @@ targets are ordered by `as_of`, so `history_end` does not decrease there.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Histories(Protocol):
+    """The events of R rows, as the encoders of events read them: a `Batch`, or one of events alone."""
+
+    @property
+    def rows(self) -> int:
+        """R."""
+
+    @property
+    def events(self) -> int:
+        """N."""
+
+    @property
+    def event_offsets(self) -> Tensor:
+        """(R+1,) int64."""
+
+    @property
+    def event_time(self) -> Tensor:
+        """(N,) int64 microseconds."""
 
 
 class Sparse(NamedTuple):

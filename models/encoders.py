@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import POSITION_BUCKETS, RecencyBias, prefix_attention
-from models.batch import Batch
+from models.batch import Histories
 from models.event import event_positions
 
 _USUAL_LENGTH = 64.0  # events; HSTU divides its weights by a length, so that sums stay of unit size
@@ -49,7 +49,7 @@ class _CausalLayer(nn.Module):
         self.out = nn.Linear(width, width)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, *, pointwise: float | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Histories, *, pointwise: float | None = None
     ) -> Tensor:
         """(N, E) each -> (N, E)."""
         attended = prefix_attention(
@@ -77,7 +77,7 @@ class SoftmaxLayer(_CausalLayer):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
-    def forward(self, events: Tensor, batch: Batch) -> Tensor:
+    def forward(self, events: Tensor, batch: Histories) -> Tensor:
         """(N, E) -> (N, E)."""
         q, k, v = self.qkv(self.norm(events)).chunk(3, dim=1)
         events = events + self.out(self.attend(q, k, v, batch))
@@ -99,7 +99,7 @@ class HstuLayer(_CausalLayer):
         self.uvqk = nn.Linear(width, 4 * width)
         self.attended_norm = nn.LayerNorm(width)
 
-    def forward(self, events: Tensor, batch: Batch) -> Tensor:
+    def forward(self, events: Tensor, batch: Histories) -> Tensor:
         """(N, E) -> (N, E)."""
         u, v, q, k = F.silu(self.uvqk(self.norm(events))).chunk(4, dim=1)
         attended = self.attend(q, k, v, batch, pointwise=_USUAL_LENGTH)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.batch import Batch
+from models.batch import Batch, Histories
 from models.clock import PHASES, gap_bucket, phases
 from models.features import FeaturePlan
 from models.numbers import Standardise
@@ -75,13 +75,13 @@ class EventEncoder(nn.Module):
         return self.norm(encoded)
 
 
-def event_rows(batch: Batch) -> Tensor:
+def event_rows(batch: Histories) -> Tensor:
     """(N,) int64, the row of each event."""
     rows = torch.arange(batch.rows, device=batch.event_offsets.device)
     return torch.repeat_interleave(rows, batch.event_offsets.diff())
 
 
-def event_positions(batch: Batch) -> Tensor:
+def event_positions(batch: Histories) -> Tensor:
     """(N,) int64, the place of each event in its row, from 0."""
     first = batch.event_offsets.index_select(0, event_rows(batch))
     return torch.arange(batch.events, device=first.device) - first
