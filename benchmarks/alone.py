@@ -10,13 +10,12 @@ import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.progressive import Progressive
-from benchmarks.results import Predictions, Result, Store, listed
+from benchmarks.results import Predictions, Result, Store
 from feature_store.days import shift
 from feature_store.embeddings import UserEmbeddings
 from feature_store.errors import DataError
@@ -149,26 +148,13 @@ def label_counts(dataset: Dataset, task: Task, rows: Mapping[str, Sequence[Rows]
     return np.array([(labels == 1).sum(), (labels != NO_LABEL).sum()])
 
 
-def flags(program: str, about: str | None) -> argparse.ArgumentParser:
-    """The command line that the programs of this kind share."""
-    cli = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{program}",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    cli.add_argument("--dataset", required=True, help="whose lake: simulated or globo")
-    cli.add_argument("--out", type=Path, required=True, help="where everything is kept")
-    cli.add_argument("--seeds", type=listed, default=["0"], help="of every training, by commas")
-    return cli
-
-
 class Program:
     """A program's results, which `store` keeps in `<out>/<program>/<dataset>/`.
 
     Args:
         name: of the program.
         settings, dataset: of the lake.
-        args: of the command line, as `flags` reads it.
+        args: of the command line, as `benchmarks.flags` reads it.
     """
 
     def __init__(

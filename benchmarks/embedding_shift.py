@@ -35,11 +35,11 @@ from benchmarks.alone import (
     Program,
     decode,
     fit,
-    flags,
     label_counts,
     rounds,
     with_embeddings,
 )
+from benchmarks.flags import flags
 from benchmarks.progressive import Embedded, Progressive, published
 from benchmarks.results import (
     Predictions,

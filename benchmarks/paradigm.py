@@ -23,19 +23,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
-from benchmarks.alone import flags
+from benchmarks.flags import check_names, flags, listed
 from benchmarks.ours import Ours
 from benchmarks.results import (
     Result,
     Store,
     difference,
     interval_text,
-    listed,
     mean_ne,
 )
 from benchmarks.split import Split, base_rates, newest_split, pins
 from feature_store import datasets
-from feature_store.errors import HeadwaterError, SpecError
+from feature_store.errors import HeadwaterError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from jobs.settings import Settings
@@ -88,11 +87,7 @@ class Paradigm:
     def __init__(
         self, lake: Lake, dataset: Dataset, args: argparse.Namespace, split: Split | None = None
     ) -> None:
-        for name in args.models:
-            if name not in ROWS:
-                raise SpecError(
-                    f"--models: {name!r} is none of {', '.join(ROWS)}; name some of these"
-                )
+        check_names("--models", args.models, ROWS)
         self.split = split or newest_split(lake, dataset, first=args.first)
         self.lake, self.dataset, self.args = lake, dataset, args
         self.store = Store(args.out / "paradigm" / dataset.name)

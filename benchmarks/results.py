@@ -58,11 +58,6 @@ def interval_text(found: Interval) -> str:
     return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
-def listed(text: str) -> list[str]:
-    """What a flag lists, separated by commas."""
-    return [x for x in text.split(",") if x]
-
-
 def of_scored(dataset: Dataset, part: str, scored: Scored) -> Predictions:
     """What one of our models said, under the name of a part."""
     return Predictions(
@@ -166,11 +161,13 @@ class Store:
 
 
 class Pair(NamedTuple):
-    """Predictions of the same labels, by target, and the base rate that both were trained on."""
+    """Predictions of the same labels, by target, the base rate that both were trained on, and what they
+    are of, for an error."""
 
     mine: Predictions
     other: Predictions
     base_rate: float
+    name: str = "the pair"
 
 
 def mean_ne_difference(pairs: Sequence[Pair], *, samples: int = 1000, seed: int = 0) -> Interval:
@@ -182,17 +179,17 @@ def mean_ne_difference(pairs: Sequence[Pair], *, samples: int = 1000, seed: int 
     Raises:
         DataError: a pair was tested on different labels.
     """
-    for mine, other, _ in pairs:
+    for mine, other, _, name in pairs:
         if not same_labels(mine, other):
             raise DataError(
-                f"predictions of {len(mine)} and {len(other)} labels are not of the same ones: delete the "
-                "older of the two results"
+                f"{name} were tested on different labels ({len(mine)} and {len(other)}): delete the older "
+                "of the two results"
             )
     users, place = np.unique(np.concatenate([p.mine.user_id for p in pairs]), return_inverse=True)
     of = np.split(place, np.cumsum([len(p.mine) for p in pairs])[:-1])
     lost = [
         (row_logloss(a.label, a.prediction) - row_logloss(b.label, b.prediction)) / entropy(rate)
-        for a, b, rate in pairs
+        for a, b, rate, _ in pairs
     ]
     n = len(users)
     sums = np.stack([np.bincount(u, x, minlength=n) for u, x in zip(of, lost, strict=True)], axis=1)
@@ -220,12 +217,16 @@ def difference(
     seeds = {result.seed: result for result in other}
     return mean_ne_difference(
         [
-            Pair(a.predictions.of(task, part), seeds[a.seed].predictions.of(task, other_part), rate)
+            Pair(
+                a.predictions.of(task, part), b.predictions.of(task, other_part), rate,
+                f"{task}: {a.model} and {b.model}",
+            )
             for a in mine
-            if a.seed in seeds
+            for b in [seeds.get(a.seed)]
+            if b is not None
             for task, rate in base_rates.items()
         ]
-    )
+    )  # fmt: skip
 
 
 def mean_ne(results: Sequence[Result], part: str, base_rates: Mapping[str, float]) -> float:

@@ -23,12 +23,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flags import check_names, flags, listed
 from benchmarks.globo import table
 from benchmarks.globo.data import SPLIT, Flat, concat, flat_day
-from benchmarks.results import Result, Store, listed
+from benchmarks.results import Result, Store
 from benchmarks.split import Split, base_rates, pins
 from feature_store import datasets
-from feature_store.errors import HeadwaterError, SpecError
+from feature_store.errors import HeadwaterError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from jobs.settings import Settings
@@ -40,18 +41,11 @@ PEERS = ("lightgbm", *FUXICTR)
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    cli = argparse.ArgumentParser(
-        prog="python -m benchmarks.globo.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    cli.add_argument("--out", type=Path, required=True, help="where everything is kept")
+    cli = flags("globo.compare", __doc__, any_dataset=False)
     cli.add_argument("--peers", type=listed, default=["lightgbm"], help=f"of {', '.join(PEERS)}")
     cli.add_argument(
         "--models", type=listed, default=["sequence"], help="of ours, by names as in `ours.py`"
     )
-    cli.add_argument("--seeds", type=listed, default=["0"], help="of every training")
     cli.add_argument("--tasks", type=listed, default=[], help="default: all (FuxiCTR: the clicks)")
     cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
     cli.add_argument(
@@ -78,16 +72,9 @@ class Comparison:
         self.split = split or replace(SPLIT, train=(args.first, SPLIT.train[1]))
         known = [t.name for t in dataset.tasks]
         self.tasks = args.tasks or known
-        for name in self.tasks:
-            if name not in known:
-                raise SpecError(
-                    f"--tasks: {name!r} is none of {', '.join(known)}; name some of these"
-                )
+        check_names("--tasks", self.tasks, known)
+        check_names("--peers", args.peers, PEERS)
         for name in args.peers:
-            if name not in PEERS:
-                raise SpecError(
-                    f"--peers: {name!r} is none of {', '.join(PEERS)}; name some of these"
-                )
             if name in FUXICTR:
                 from benchmarks.globo.fuxictr_peers import checked_clone
 

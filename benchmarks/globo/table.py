@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.results import PARTS, Result, interval_text, same_labels
-from feature_store.errors import DataError
-from models.metrics import auc, bootstrap_ne_differences, normalized_entropy
+from benchmarks.results import PARTS, Result, difference, interval_text
+from models.metrics import auc, normalized_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +18,8 @@ class Line:
     Args:
         ne, auc: by part.
         spread: largest less smallest NE on the test days over the seeds.
-        difference: NE on the test days less the best peer's, with its 95 % interval, both of their
-            first seeds; "" for the best peer itself.
+        difference: NE on the test days less the best peer's, with its 95 % interval, of the seeds that
+            both have; "" for the best peer itself.
         seconds: of one training.
     """
 
@@ -56,11 +55,10 @@ def lines(
         task_lines = []
         for model, of in models.items():
             ne = {p: float(np.mean(scores[model][p][0])) for p in PARTS}
-            against = (
-                ""
-                if best is None or model == best
-                else _difference(of[0], models[best][0], task, base_rate)
-            )
+            against = ""
+            if best is not None and model != best:
+                rates = {task: base_rate}
+                against = interval_text(difference(of, "test", models[best], "test", rates))
             task_lines.append(
                 Line(
                     task=task, model=model, peer=model in peers, seeds=len(of), ne=ne,
@@ -85,18 +83,6 @@ def _scores(
             found[part][0].append(normalized_entropy(mine.label, mine.prediction, base_rate))
             found[part][1].append(auc(mine.label, mine.prediction))
     return found
-
-
-def _difference(one: Result, other: Result, task: str, base_rate: float) -> str:
-    mine, theirs = (r.predictions.of(task, "test") for r in (one, other))
-    if not same_labels(mine, theirs):
-        raise DataError(
-            f"{task}: {one.model} and {other.model} were tested on different labels "
-            f"({len(mine)} and {len(theirs)}): delete the older of the two results"
-        )
-    pair = {"it": (mine.prediction, theirs.prediction)}
-    found = bootstrap_ne_differences(mine.label, pair, mine.user_id, base_rate)["it"]
-    return interval_text(found)
 
 
 def markdown(found: Sequence[Line]) -> str:

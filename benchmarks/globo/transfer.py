@@ -29,11 +29,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.flags import check_names, flags, listed
 from benchmarks.globo import transfer_table as table
 from benchmarks.globo.data import SPLIT as WHOLE
 from benchmarks.globo.user_sources import Flag, Fresh, RandomSum, Reader, Source, Stored, by_moment
@@ -43,7 +43,6 @@ from benchmarks.results import (
     Result,
     Store,
     joined,
-    listed,
     of_scored,
 )
 from benchmarks.split import Split
@@ -71,15 +70,8 @@ LAGS_DAYS, LAGS_HOURS = (1, 2, 3), (0, 1)
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    cli = argparse.ArgumentParser(
-        prog="python -m benchmarks.globo.transfer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    cli.add_argument("--out", type=Path, required=True, help="where results are kept")
+    cli = flags("globo.transfer", __doc__, seeds="0,1,2", any_dataset=False)
     cli.add_argument("--models", type=listed, default=["sum", "sequence"], help="that published")
-    cli.add_argument("--seeds", type=listed, default=["0", "1", "2"], help="of every training")
     cli.add_argument("--tasks", type=listed, default=[], help="default: all")
     return cli.parse_args(argv)
 
@@ -183,11 +175,7 @@ class Transfer:
         self.lake, self.dataset, self.args = lake, dataset, args
         self.split, self.budget = split, budget
         known = [t.name for t in dataset.tasks]
-        for name in args.tasks:
-            if name not in known:
-                raise SpecError(
-                    f"--tasks: {name!r} is none of {', '.join(known)}; name some of these"
-                )
+        check_names("--tasks", args.tasks, known)
         if not args.models:
             raise SpecError("--models is empty: name one or more that published embeddings")
         self.tasks = [dataset.task(name) for name in args.tasks or known]

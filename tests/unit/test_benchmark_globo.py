@@ -276,7 +276,7 @@ def test_the_difference_is_to_the_peer_that_is_best_on_the_validation_day() -> N
     lines = {x.model: x for x in table.lines(results, ["a", "b"], {"click": 0.5})}
     assert lines["a"].difference == "" and lines["ours"].difference.startswith("-")
     other = replace(results[2].predictions, target_id=results[2].predictions.target_id + 1)
-    with pytest.raises(DataError, match="different labels"):
+    with pytest.raises(DataError, match="click: ours and a were tested on different labels"):
         table.lines([*results[:2], replace(results[2], predictions=other)], ["a"], {"click": 0.5})
 
 

@@ -293,7 +293,7 @@ def test_pairs_count_alike_however_many_labels_they_have_and_draw_users_together
     assert both.mean == pytest.approx(np.mean(alone_))
     against = mean_ne_difference([a, Pair(a.other, a.mine, a.base_rate)], samples=200)
     assert abs(against.low) < 1e-12 and abs(against.high) < 1e-12
-    with pytest.raises(DataError, match="not of the same"):
+    with pytest.raises(DataError, match="different labels"):
         moved = replace(a.other, label=1 - a.other.label)
         mean_ne_difference([Pair(a.mine, moved, 0.5)])
 
