@@ -34,7 +34,8 @@ class TrainingConfig:
     Args:
         epochs: passes over the day. One where single ids have embeddings: these overfit when they see a
             label twice.
-        learning_rate: of Adam, on everything but the embedding tables (theirs is the model's).
+        learning_rate: of everything but the embedding tables (theirs is the model's).
+        muon: matrices are moved by Muon (`muon.py`); by Adam, as the rest is, where it is off.
         average: decay of the moving average of the weights per step; 0: none. The average is what is
             scored and published, and training goes on from the weights themselves.
         max_grad_norm: gradients of the same are clipped to it.
@@ -51,6 +52,7 @@ class TrainingConfig:
 
     epochs: int = 1
     learning_rate: float = 2e-3
+    muon: bool = False
     average: float = 0.99
     max_grad_norm: float = 1.0
     task_weights: tuple[tuple[str, float], ...] = ()

@@ -20,11 +20,14 @@ from jobs.training.average import Average
 from jobs.training.config import Shift
 from jobs.training.ids import int64_ids
 from jobs.training.loader import Limits, cuts
+from jobs.training.muon import Muon
 from jobs.training.presets import Preset
 from jobs.training.rows import Rows
 from models.batch import Batch
 from models.loss import distillation, embedding_shift, multi_task_loss
 from models.outputs import Outputs
+
+_MATRIX = 16  # least rows and columns of what Muon moves
 
 
 def choose_device() -> torch.device:
@@ -52,7 +55,8 @@ def domain_id(dataset: Dataset, value: int | str) -> int:
 
 
 class Learner:
-    """A model with its optimizers: the fused ones of its tables, Adam for the rest.
+    """A model with its optimizers: the fused ones of its tables, Muon for matrices where the preset
+    says so, Adam for the rest.
 
     Args:
         dataset: the spec.
@@ -77,12 +81,28 @@ class Learner:
         )
         fused = {id(p) for p in model.tables.parameters()}
         self.dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
-        self.adam = torch.optim.Adam(
-            list(self.dense.values()), lr=self.config.learning_rate, fused=True
-        )
+        self.optimizers = self._optimizers()
         self.average = Average(self.dense, self.config.average)
         self.parent: nn.Module | None = None
         self.parent_knows = torch.zeros(len(dataset.tasks), dtype=torch.bool, device=device)
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """By name. Rows of a small embedding table are not a matrix in Muon's sense, and neither are biases
+        by bucket and head, which are narrow."""
+        rate = self.config.learning_rate
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for parameter in self.dense.values():
+            wide = parameter.ndim == 2 and min(parameter.shape) >= _MATRIX
+            of_muon = self.config.muon and wide and id(parameter) not in tables
+            (matrices if of_muon else rest).append(parameter)
+        found: dict[str, torch.optim.Optimizer] = {
+            "adam": torch.optim.Adam(rest, lr=rate, fused=True)
+        }
+        if matrices:
+            found["muon"] = Muon(matrices, lr=rate)
+        return found
 
     def keep_parent(self, tasks: Collection[str]) -> None:
         """The weights as they are now are the parent's, for the rest of the day's training.
@@ -108,7 +128,7 @@ class Learner:
         return nullcontext()  # CPUs without AMX run bf16 an order of magnitude slower
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of both optimizers.
+        """One step of all optimizers.
 
         Returns:
             per_task (n_tasks,) float32, mean logloss; counts and positives (n_tasks,) int64, of the
@@ -117,7 +137,8 @@ class Learner:
         self.model.train()
         batch = batch.to(self.device, non_blocking=True)
         labels = self._labels(batch)
-        self.adam.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
         with self._precision():
             found = self.model(batch)
         logits = found.logits if found.members is None else found.members
@@ -130,7 +151,8 @@ class Learner:
             total = total + self.config.shift_weight * shift
         total.backward()
         nn.utils.clip_grad_norm_(list(self.dense.values()), self.config.max_grad_norm)
-        self.adam.step()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         self.average.update(self.steps)
         positives = (labels == 1).sum(0)
         return {"per_task": loss.per_task, "counts": loss.counts, "positives": positives}
@@ -171,7 +193,7 @@ class Learner:
     @property
     def steps(self) -> int:
         """Taken by Adam since the first day."""
-        steps = (int(slots["step"]) for slots in self.adam.state.values())
+        steps = (int(slots["step"]) for slots in self.optimizers["adam"].state.values())
         return max(steps, default=0)
 
     def weights(self) -> dict[str, Tensor]:
@@ -179,12 +201,15 @@ class Learner:
         return {**self.model.state_dict(), **self.average.served()}
 
     def state(self) -> dict[str, Any]:
-        """Weights, averaged and as trained, and both optimizers' state, by name."""
-        slots = {n: self.adam.state[p] for n, p in self.dense.items() if p in self.adam.state}
+        """Weights, averaged and as trained, and all optimizers' state, by name."""
+        slots = {
+            kind: {n: optimizer.state[p] for n, p in self.dense.items() if p in optimizer.state}
+            for kind, optimizer in self.optimizers.items()
+        }
         return {
             "weights": self.weights(),
             "trained": self.average.trained(),
-            "adam": slots,
+            **slots,
             "tables": dict(self.model.tables.optimizer_state()),
         }
 
@@ -203,15 +228,18 @@ class Learner:
                     fresh.append(name)
                 else:
                     tensor.copy_(theirs)
-        for name, parameter in self.dense.items():
-            slots = state["adam"].get(name)
-            if slots is None or name in fresh:
-                self.adam.state.pop(parameter, None)
-                continue
-            self.adam.state[parameter] = {
-                k: v.clone().to(v.device if k == "step" else parameter.device)
-                for k, v in slots.items()
-            }
+        names = {parameter: name for name, parameter in self.dense.items()}
+        for kind, optimizer in self.optimizers.items():
+            for parameter in optimizer.param_groups[0]["params"]:
+                name = names[parameter]
+                slots = state.get(kind, {}).get(name)
+                if slots is None or name in fresh:
+                    optimizer.state.pop(parameter, None)
+                    continue
+                optimizer.state[parameter] = {
+                    k: v.clone().to(v.device if k == "step" else parameter.device)
+                    for k, v in slots.items()
+                }
         trained = state.get("trained", {})
         self.average.load({n: t for n, t in trained.items() if n in self.dense and n not in fresh})
         self.model.tables.load_optimizer_state(state["tables"])

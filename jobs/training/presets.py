@@ -126,7 +126,7 @@ def _on_globo(base: Factory) -> Factory:
             # learned by heart, and a second pass then costs
             tables = replace(tables, learning_rate=0.03, item_rows=1, rows={"topic": 1})
             limits = Limits(max_targets=512, max_events=32_768)
-            training = replace(training, limits=limits, average=0.997, epochs=2)
+            training = replace(training, limits=limits, average=0.997, epochs=2, muon=True)
         return replace(
             found,
             sum=found.sum and replace(found.sum, tables=tables),
