@@ -20,7 +20,6 @@ from jobs.training.average import Average
 from jobs.training.config import Shift
 from jobs.training.ids import int64_ids
 from jobs.training.loader import Limits, cuts
-from jobs.training.muon import Muon
 from jobs.training.presets import Preset
 from jobs.training.rows import Rows
 from models.batch import Batch
@@ -88,7 +87,8 @@ class Learner:
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """By name. Rows of a small embedding table are not a matrix in Muon's sense, and neither are biases
-        by bucket and head, which are narrow."""
+        by bucket and head, which are narrow. Scaled as in arXiv 2502.16982, eq. 4, a step of Muon is as
+        large as one of Adam, so both have one learning rate."""
         rate = self.config.learning_rate
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         matrices: list[nn.Parameter] = []
@@ -101,7 +101,9 @@ class Learner:
             "adam": torch.optim.Adam(rest, lr=rate, fused=True)
         }
         if matrices:
-            found["muon"] = Muon(matrices, lr=rate)
+            found["muon"] = torch.optim.Muon(
+                matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            )
         return found
 
     def keep_parent(self, tasks: Collection[str]) -> None:
@@ -284,8 +286,8 @@ def train(
     """
     config = learner.config
     done = Progress()
-    # the momentum of a unit that nothing excites any more halves for ever; a CPU multiplies numbers of
-    # 1e-39 tens of times more slowly than zeros
+    # the momentum of a unit that nothing excites any more shrinks for ever, and a CPU is many times
+    # slower with numbers of 1e-39 than with zeros
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     if restored is not None:
