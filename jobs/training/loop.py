@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -286,9 +286,6 @@ def train(
     """
     config = learner.config
     done = Progress()
-    # the momentum of a unit that nothing excites any more shrinks for ever, and a CPU is many times
-    # slower with numbers of 1e-39 than with zeros
-    torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     if restored is not None:
         learner.load(restored["state"])
@@ -300,21 +297,33 @@ def train(
     learner.average.train()
     started = last = time.monotonic()
     before = done.seconds
-    while done.epoch < config.epochs:
-        for batch in batches(done.epoch, done.batches):
-            found = learner.step(batch)
-            _count(done, batch, found)
-            now = time.monotonic()
-            if checkpoint is not None and now - last >= config.checkpoint_every_s:
-                done.seconds = before + now - started
-                checkpoint(_restorable(learner, done))
-                last = now
-                if report is not None:
-                    report(done)
-        done.epoch, done.batches = done.epoch + 1, 0
+    with _flushing_denormals():
+        while done.epoch < config.epochs:
+            for batch in batches(done.epoch, done.batches):
+                found = learner.step(batch)
+                _count(done, batch, found)
+                now = time.monotonic()
+                if checkpoint is not None and now - last >= config.checkpoint_every_s:
+                    done.seconds = before + now - started
+                    checkpoint(_restorable(learner, done))
+                    last = now
+                    if report is not None:
+                        report(done)
+            done.epoch, done.batches = done.epoch + 1, 0
     learner.average.serve()
     done.seconds = before + time.monotonic() - started
     return done
+
+
+@contextmanager
+def _flushing_denormals() -> Iterator[None]:
+    """The momentum of a unit that nothing excites any more shrinks for ever, and a CPU is many times
+    slower with numbers of 1e-39 than with zeros. For the training alone: others may need them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _count(done: Progress, batch: Batch, found: Mapping[str, Tensor]) -> None:

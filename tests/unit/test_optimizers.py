@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from jobs.training.loop import Learner
+from jobs.training.loop import Learner, train
 from jobs.training.presets import Preset, preset
 from tests.synthetic import dataset
 
@@ -58,3 +59,19 @@ def test_a_snapshot_of_adam_goes_on_with_muon_and_back() -> None:
     back.load(moved(learner(muon=False)).state())
     assert not back.optimizers["muon"].state and back.optimizers["adam"].state
     moved(back)
+
+
+def test_denormal_numbers_are_flushed_in_training_and_nowhere_else() -> None:
+    tiny = torch.tensor([1e-39])
+    seen = []
+
+    class Fails(Learner):
+        def step(self, batch: Any) -> Any:
+            seen.append(float(tiny * 1.0))
+            raise InterruptedError
+
+    learner = Fails(dataset(), with_muon("sum"), torch.device("cpu"))
+    with pytest.raises(InterruptedError):
+        train(learner, lambda epoch, skip: [None], seed=0)
+    assert seen == [0.0]
+    assert float(tiny * 1.0) > 0
