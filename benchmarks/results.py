@@ -215,15 +215,14 @@ def difference(
     """NE of a part of `mine` less NE of a part of `other`, averaged over the tasks of `base_rates` and
     the seeds that both have."""
     seeds = {result.seed: result for result in other}
+    both = [(result, seeds[result.seed]) for result in mine if result.seed in seeds]
     return mean_ne_difference(
         [
             Pair(
                 a.predictions.of(task, part), b.predictions.of(task, other_part), rate,
                 f"{task}: {a.model} and {b.model}",
             )
-            for a in mine
-            for b in [seeds.get(a.seed)]
-            if b is not None
+            for a, b in both
             for task, rate in base_rates.items()
         ]
     )  # fmt: skip
