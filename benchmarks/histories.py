@@ -1,11 +1,13 @@
 """Histories as they are, and what takes something away from them, to ask what it was worth.
 
-    unseen     no event at all: what is left are item and context and, in a model that reads them,
-               the nightly features of the user
-    stale      cut where the nightly job of the day before stopped reading, as aggregates are: what is
-               lost against the whole history is what freshness is worth
-    shuffled   the same events at the same times, but which event was when is drawn at random: what
-               is lost is what their order is worth
+    unseen         no event at all: what is left are item and context and, in a model that reads them,
+                   the nightly features of the user
+    stale          cut where the nightly job of the day before stopped reading, as aggregates are: what
+                   is lost against the whole history is what freshness is worth
+    shuffled       the same events at the same times, but which event was when is drawn at random: what
+                   is lost is what their order is worth
+    <stream>=<n>   with n for the stream's `max_events`; 0: without the stream
+    without=<attribute>   the attribute missing in every event
 
 Only events that enter and leave every target's sight together change places, so that nobody sees
 an event that they did not see before.
@@ -15,30 +17,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from feature_store.errors import SpecError
 from models.attention import first_pairs
 from models.batch import Batch
+from models.event import event_positions, event_rows
 from models.features import FeaturePlan
 from models.history import target_pairs
 from models.sequence import served_prefix
 
+Seen = Callable[[Batch, FeaturePlan], Batch]
+
 
 def unseen(batch: Batch, plan: FeaturePlan) -> Batch:
     """The batch without any event."""
-    return replace(
-        batch,
-        event_offsets=torch.zeros_like(batch.event_offsets),
-        event_stream=batch.event_stream[:0],
-        event_time=batch.event_time[:0],
-        event_available=batch.event_available[:0],
-        event_ids={k: v[:0] for k, v in batch.event_ids.items()},
-        event_floats={k: v[:0] for k, v in batch.event_floats.items()},
-        history_end=torch.zeros_like(batch.history_end),
-        pair_numbers=batch.pair_numbers[:0],
-    )
+    return _only(batch, torch.zeros(batch.events, dtype=torch.bool))
 
 
 def stale(batch: Batch, plan: FeaturePlan) -> Batch:
@@ -73,6 +71,54 @@ def shuffled(batch: Batch, plan: FeaturePlan) -> Batch:
     return replace(moved, pair_numbers=batch.pair_numbers[place])
 
 
+def shortened(batch: Batch, plan: FeaturePlan, *, stream: str, n: int) -> Batch:
+    """The batch as a stream's `max_events` of n would have it.
+
+    Of what a row's first target sees, the stream's newest n are kept; what came later in the row stays,
+    as the row's own events do. With 0 none of the stream is kept.
+    """
+    of_stream = batch.event_stream == plan.streams.index(stream)
+    if n == 0:
+        return _only(batch, ~of_stream)
+    end = torch.zeros(batch.rows, dtype=torch.int64)
+    end = end.scatter_reduce(
+        0, batch.row_of_target, batch.history_end, reduce="amin", include_self=False
+    )
+    row = event_rows(batch)
+    before = of_stream & (event_positions(batch) < end.index_select(0, row))
+    so_far = F.pad(before.to(torch.int64).cumsum(0), (1, 0))
+    newer = so_far.index_select(0, batch.event_offsets[1:]).index_select(0, row) - so_far[1:]
+    return _only(batch, ~before | (newer < n))
+
+
+def without(batch: Batch, plan: FeaturePlan, *, attribute: str) -> Batch:
+    """The batch with an attribute missing in every event; what the loader has found of pairs stays."""
+    if attribute in batch.event_ids:
+        ids = torch.full_like(batch.event_ids[attribute], -1)
+        return replace(batch, event_ids=batch.event_ids | {attribute: ids})
+    missing = 0.0 if attribute in dict(plan.event_vectors) else torch.nan
+    floats = torch.full_like(batch.event_floats[attribute], missing)
+    return replace(batch, event_floats=batch.event_floats | {attribute: floats})
+
+
+def _only(batch: Batch, keep: Tensor) -> Batch:
+    """The batch with some of its events, (N,) bool."""
+    so_far = F.pad(keep.to(torch.int64).cumsum(0), (1, 0))
+    start = batch.event_offsets.index_select(0, batch.row_of_target)
+    end = so_far.index_select(0, start + batch.history_end) - so_far.index_select(0, start)
+    return replace(
+        batch,
+        event_offsets=so_far.index_select(0, batch.event_offsets),
+        event_stream=batch.event_stream[keep],
+        event_time=batch.event_time[keep],
+        event_available=batch.event_available[keep],
+        event_ids={k: v[keep] for k, v in batch.event_ids.items()},
+        event_floats={k: v[keep] for k, v in batch.event_floats.items()},
+        history_end=end,
+        pair_numbers=batch.pair_numbers[keep[target_pairs(batch).event]],
+    )
+
+
 def _orders(batch: Batch) -> Tensor:
     """(N,) int64: which event comes to each place, within the segments between targets' ends."""
     ends = batch.event_offsets.index_select(0, batch.row_of_target) + batch.history_end
@@ -86,8 +132,31 @@ def _orders(batch: Batch) -> Tensor:
     return by_draw[segment[by_draw].argsort(stable=True)]
 
 
-HISTORIES: dict[str, Callable[[Batch, FeaturePlan], Batch]] = {
-    "unseen": unseen,
-    "stale": stale,
-    "shuffled": shuffled,
-}
+_NAMED: dict[str, Seen] = {"unseen": unseen, "stale": stale, "shuffled": shuffled}
+
+
+def histories(text: str, plan: FeaturePlan) -> Seen | None:
+    """What `text` makes of a batch; None: it does not speak of histories.
+
+    Raises:
+        SpecError: it does, of ones that there are not.
+    """
+    name, given, value = text.partition("=")
+    if not given:
+        if name in _NAMED:
+            return _NAMED[name]
+        raise SpecError(f"--models: there are no histories {text!r}; known are {', '.join(_NAMED)}")
+    if name in plan.streams:
+        if not value.isdecimal():
+            raise SpecError(f"--models: {text!r} is not a number of events; name one from 0 on")
+        return partial(shortened, stream=name, n=int(value))
+    if name == "without":
+        known = [
+            *(c.name for c in plan.event_ids), *plan.event_numbers, *dict(plan.event_vectors)
+        ]  # fmt: skip
+        if value not in known:
+            raise SpecError(
+                f"--models: {text!r} is no attribute of an event; known are {', '.join(known)}"
+            )
+        return partial(without, attribute=value)
+    return None

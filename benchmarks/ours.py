@@ -5,20 +5,21 @@ of `histories.py`; fields of the model's configuration, or of its training where
 `training.`; dotted into what is inside them, tuples by plus.
 
     sequence   sequence:shuffled   hybrid:layers=1   sum:mix.sizes=12+6   hybrid:training.epochs=1
+    sequence:purchases=0   sequence:without=price
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.histories import HISTORIES
+from benchmarks.histories import Seen, histories
 from benchmarks.results import PARTS, Predictions, joined, of_scored
 from benchmarks.split import Split, rows_of, shown_on
 from feature_store.errors import SpecError
@@ -34,19 +35,22 @@ from models.features import feature_plan
 
 
 class _Seeing(Learner):
-    """A learner of a preset to which a batch is what `seen` makes of it."""
+    """A learner of a preset to which a batch is what `seen` makes of it, one after the other."""
 
     def __init__(
-        self, dataset: Dataset, preset: Preset, device: torch.device, seen: Callable[[Batch], Batch]
+        self, dataset: Dataset, preset: Preset, device: torch.device, seen: Sequence[Seen]
     ) -> None:
         super().__init__(dataset, preset, device)
-        self.seen = seen
+        self.plan, self.seen = feature_plan(dataset), seen
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        return super().step(self.seen(batch))
+        return super().step(self._see(batch))
 
     def probabilities(self, batch: Batch) -> Tensor:
-        return super().probabilities(self.seen(batch))
+        return super().probabilities(self._see(batch))
+
+    def _see(self, batch: Batch) -> Batch:
+        return reduce(lambda found, see: see(found, self.plan), self.seen, batch)
 
 
 class Ours:
@@ -67,17 +71,13 @@ class Ours:
     ) -> None:
         name, *changes = model.split(":")
         self.preset: Preset = preset(dataset, name)
-        self.histories = None
+        self.seen: list[Seen] = []
         for change in changes:
-            field, given, value = change.partition("=")
-            if given:
-                self.preset = changed(self.preset, field, value)
-            elif change in HISTORIES:
-                self.histories = HISTORIES[change]
+            see = histories(change, feature_plan(dataset))
+            if see is None:
+                self.preset = changed(self.preset, *change.split("=", 1))
             else:
-                raise SpecError(
-                    f"--models: {model!r} has no histories {change!r}; known are {', '.join(HISTORIES)}"
-                )
+                self.seen.append(see)
         self.lake, self.dataset, self.model, self.split = lake, dataset, model, split
         self.share = share
 
@@ -90,7 +90,8 @@ class Ours:
         config = self.preset.training
         torch.set_num_threads(config.threads)
         torch.manual_seed(seed_of("init", self.dataset.name, self.model, seed))
-        learner = self._learner()
+        of = self.dataset, self.preset, choose_device()
+        learner = _Seeing(*of, self.seen) if self.seen else Learner(*of)
         seconds = 0.0
         trained: set[str] = set()
         for ds in self.split.days("train"):
@@ -114,13 +115,6 @@ class Ours:
         for rows in self._rows(ds, seed_of(ds, self.model, seed, epoch)):
             for lo, hi in cuts(rows, self.preset.training.limits):
                 yield rows.batch(lo, hi)
-
-    def _learner(self) -> Learner:
-        of = self.dataset, self.preset, choose_device()
-        histories, plan = self.histories, feature_plan(self.dataset)
-        if histories is None:
-            return Learner(*of)
-        return _Seeing(*of, seen=lambda batch: histories(batch, plan))
 
     def _rows(self, ds: str, seed: int | None) -> Any:
         day = shown_on(self.lake, self.dataset, ds)

@@ -20,25 +20,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
 
 from benchmarks.flags import check_names, flags, listed
-from benchmarks.ours import Ours
-from benchmarks.results import (
-    Result,
-    Store,
-    difference,
-    interval_text,
-    mean_ne,
-)
-from benchmarks.split import Split, base_rates, newest_split, pins
+from benchmarks.results import Result
+from benchmarks.trainings import Differences, Trainings
 from feature_store import datasets
 from feature_store.errors import HeadwaterError
 from feature_store.lake import Lake
-from feature_store.spec import Dataset
 from jobs.settings import Settings
-from models.metrics import Interval
 
 ROWS = {
     "sequence:unseen": "item and context",
@@ -71,110 +60,35 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return cli.parse_args(argv)
 
 
-class Paradigm:
-    """Every row and seed that was asked for.
-
-    Args:
-        lake, dataset: of the rows.
-        args: of the command line.
-        split: of the days; default: the newest that the lake has.
-
-    Raises:
-        SpecError: --models or --change names nothing that there is.
-        DataError: the lake has too few days.
-    """
-
-    def __init__(
-        self, lake: Lake, dataset: Dataset, args: argparse.Namespace, split: Split | None = None
-    ) -> None:
-        check_names("--models", args.models, ROWS)
-        self.split = split or newest_split(lake, dataset, first=args.first)
-        self.lake, self.dataset, self.args = lake, dataset, args
-        self.store = Store(args.out / "paradigm" / dataset.name)
-        tasks = [task.name for task in dataset.tasks]
-        self.base_rates = base_rates(lake, dataset, self.split.days("train"), tasks)
-
-    def run(self) -> dict[str, list[Result]]:
-        """By row: what is done, is read."""
-        about = {"spec": self.dataset.hash, "split": asdict(self.split), "pins": pins(self.lake)}
-        tasks = list(self.base_rates)
-        found: dict[str, list[Result]] = {row: [] for row in self.args.models}
-        for seed in map(int, self.args.seeds):
-            for row in found:
-                changes = [] if row == "sum" else self.args.change
-                name = ":".join([row, *changes])
-                model = Ours(self.lake, self.dataset, name, self.split, share=1.0)
-                config = {"data": about, "model": model.config()}
-                train = partial(model.run, tasks, seed)
-                found[row].append(self.store.once(name, tasks, seed, config, train))
-        return found
-
-
-def answers(
-    results: Mapping[str, Sequence[Result]], rates: Mapping[str, float]
-) -> dict[str, dict[str, Interval]]:
+def answers(trainings: Trainings, results: Mapping[str, Sequence[Result]]) -> Differences:
     """Question -> task -> NE on the test of the first row less that of the second; of questions whose
     rows are both there."""
     return {
-        text: {
-            task: difference(results[one], "test", results[other], "test", {task: rate})
-            for task, rate in rates.items()
-        }
+        text: trainings.differences(results[one], results[other])
         for text, one, other in QUESTIONS
         if one in results and other in results
     }
 
 
-def markdown(
-    results: Mapping[str, Sequence[Result]],
-    differences: Mapping[str, Mapping[str, Interval]],
-    rates: Mapping[str, float],
-    dataset: Dataset,
-) -> str:
-    """NE of each row on validation and test, and what separates them."""
-    titles = [f"`{t.name}`{' (sampled)' if t.sampled else ''}" for t in dataset.tasks]
-    out = []
-    for part in ("validation", "test"):
-        out += [
-            f"\n| NE on the {part} | {' | '.join(titles)} |",
-            f"|---|{'---|' * len(titles)}",
-        ]
-        for row, of in results.items():
-            cells = [f"{mean_ne(of, part, {task: rate}):.4f}" for task, rate in rates.items()]
-            out.append(f"| {ROWS[row]} | {' | '.join(cells)} |")
-    out += [f"\n| test, difference | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
-    for text, by_task in differences.items():
-        cells = [interval_text(by_task[task]) for task in rates]
-        out.append(f"| {text} | {' | '.join(cells)} |")
-    seeds = {r.seed for of in results.values() for r in of}
-    made_up = "; simulated data" if dataset.simulated else ""
-    return "\n".join(out).lstrip() + f"\n\n{len(seeds)} seed(s){made_up}\n"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing and print the table; it is kept as `table.md` and `table.json` too."""
+    """Train what is missing and print the tables; they are kept as `paradigm.md` and `.json` too."""
     args = arguments(argv)
     try:
+        check_names("--models", args.models, ROWS)
         dataset = datasets.get(args.dataset)
-        paradigm = Paradigm(Lake(Settings.from_env().lake_root, dataset), dataset, args)
-        results = paradigm.run()
+        trainings = Trainings(Lake(Settings.from_env().lake_root, dataset), dataset, args)
+        names = {row: ":".join([row, *_changes(row, args.change)]) for row in args.models}
+        found = trainings.run(list(names.values()))
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    rates = paradigm.base_rates
-    differences = answers(results, rates)
-    values = {
-        "base_rates": rates,
-        "ne": {
-            row: {t: mean_ne(of, "test", {t: rate}) for t, rate in rates.items()}
-            for row, of in results.items()
-        },
-        "differences": {
-            text: {task: asdict(found) for task, found in by_task.items()}
-            for text, by_task in differences.items()
-        },
-    }
-    paradigm.store.write_table(markdown(results, differences, rates, dataset), values)
+    results = {row: found[name] for row, name in names.items()}
+    titled = {ROWS[row]: of for row, of in results.items()}
+    trainings.write("paradigm", titled, answers(trainings, results))
+
+
+def _changes(row: str, changes: Sequence[str]) -> Sequence[str]:
+    return [] if row == "sum" else changes
 
 
 if __name__ == "__main__":

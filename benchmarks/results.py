@@ -134,10 +134,10 @@ class Store:
         about = {k: getattr(result, k) for k in ("model", "tasks", "seed", "config", "facts")}
         _write_json(path, about)
 
-    def write_table(self, table: str, values: Any) -> None:
-        """Print the table, and keep it as `table.md` and its values as `table.json`."""
-        write_atomically(self.folder / "table.md", table.encode())
-        _write_json(self.folder / "table.json", values)
+    def write_table(self, table: str, values: Any, *, name: str = "table") -> None:
+        """Print the table, and keep it as `<name>.md` and its values as `<name>.json`."""
+        write_atomically(self.folder / f"{name}.md", table.encode())
+        _write_json(self.folder / f"{name}.json", values)
         print(table)
 
     def once(

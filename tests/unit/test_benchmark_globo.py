@@ -310,7 +310,7 @@ def test_a_name_changes_fields_of_a_preset(lake) -> None:
     assert shape.tables == replace(plain.sequence.tables, item_rows=1)
     limits = replace(plain.training.limits, max_targets=99)
     assert varied.preset.training == replace(plain.training, epochs=3, average=0.5, limits=limits)
-    assert varied.histories is not None and ours("sequence").histories is None
+    assert len(varied.seen) == 1 and not ours("sequence").seen
     for wrong, says in (
         ("sequence:backwards", "histories 'backwards'"),
         ("sequence:depth=2", "depth=2.*SequenceConfig"),

@@ -1,4 +1,5 @@
-"""The paradigm's table: each row reads what its title says, and a difference is between the right two."""
+"""Trainings side by side: each row of the paradigm reads what its title says, a difference is between the
+right two, and variants are compared with the first."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import paradigm as program
+from benchmarks import ablations, paradigm
 from benchmarks.ours import Ours
-from benchmarks.paradigm import QUESTIONS, ROWS, Paradigm, answers, arguments, markdown
+from benchmarks.paradigm import QUESTIONS, ROWS, answers
 from benchmarks.results import Predictions, Result
 from benchmarks.split import Split, base_rates, newest_split
+from benchmarks.trainings import Trainings, markdown
 from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
 from models.metrics import normalized_entropy
@@ -31,8 +33,9 @@ def lake() -> MemoryLake:
     return MemoryLake(SPEC, tables(SPEC, days=len(DAYS), users=12))
 
 
-def paradigm(lake: MemoryLake, out: Path, *more: str) -> Paradigm:
-    return Paradigm(lake, SPEC, arguments(["--dataset", "simulated", "--out", str(out), *more]))
+def trainings(lake: MemoryLake, out: Path, *more: str) -> Trainings:
+    argv = ["--dataset", "tiny", "--out", str(out), "--models", "sum", *more]
+    return Trainings(lake, SPEC, ablations.arguments(argv))
 
 
 def test_the_split_is_the_newest_days_that_every_task_has_answers_for(lake) -> None:
@@ -67,18 +70,32 @@ def test_rows_are_trained_once_by_their_names_and_seeds(lake, tmp_path, monkeypa
         return predictions(0.1), {"seconds": 1.0}
 
     monkeypatch.setattr(Ours, "run", run)
-    more = ("--seeds", "0,1", "--change", "members=2", "--models", "sum,sequence:stale,hybrid")
-    found = paradigm(lake, tmp_path, *more).run()
-    names = ["sum", "sequence:stale:members=2", "hybrid:members=2"]
+    names = ["sum", "sequence:stale:members=2", "hybrid"]
+    found = trainings(lake, tmp_path, "--seeds", "0,1").run(names)
     assert trained == [(name, seed) for seed in (0, 1) for name in names]
-    assert {row: [r.seed for r in of] for row, of in found.items()} == {
-        row: [0, 1] for row in ("sum", "sequence:stale", "hybrid")
-    }
-    paradigm(lake, tmp_path, *more).run()
+    assert {name: [r.seed for r in of] for name, of in found.items()} == {n: [0, 1] for n in names}
+    trainings(lake, tmp_path, "--seeds", "0,1").run(names)
     assert len(trained) == 6
-    for flag, value in (("--models", "dlrm"), ("--change", "depth=2")):
-        with pytest.raises(SpecError, match=f"--models.*{value}"):
-            paradigm(lake, tmp_path, flag, value).run()
+    trainings(lake, tmp_path, "--share", "0.5").run(names)  # other rows
+    assert len(trained) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("dlrm", "dlrm"),
+        ("sequence:depth=2", "depth=2"),
+        ("sequence:reversed", "no histories 'reversed'; known are unseen"),
+        ("sequence:without=colour", "'without=colour' is no attribute of an event; known are"),
+        (f"sequence:{SPEC.streams[0].name}=few", "is not a number of events"),
+    ],
+)
+def test_a_name_that_makes_no_model_is_an_error_before_any_training(
+    lake, tmp_path, monkeypatch, name, error
+) -> None:
+    monkeypatch.setattr(Ours, "run", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SpecError, match=error):
+        trainings(lake, tmp_path).run(["sum", name])
 
 
 def predictions(off: float) -> Predictions:
@@ -100,19 +117,21 @@ def predictions(off: float) -> Predictions:
     )
 
 
-def test_a_difference_is_of_the_first_row_less_the_second() -> None:
+def test_a_difference_is_of_the_first_row_less_the_second(lake, tmp_path) -> None:
     offs = {row: 0.1 + 0.05 * i for i, row in enumerate(ROWS)}
     results = {
         row: [
             Result(
-                model=row, tasks=tuple(RATES), seed=seed, config={}, facts={},
+                model=row, tasks=tuple(RATES), seed=seed, config={}, facts={"seconds": 60.0},
                 predictions=predictions(off),
             )
             for seed in (0, 1)
         ]
         for row, off in offs.items()
     }  # fmt: skip
-    found = answers(results, RATES)
+    of = trainings(lake, tmp_path)
+    of.base_rates = RATES
+    found = answers(of, results)
     assert len(found) == len(QUESTIONS)
     label = np.arange(40) % 2
     for text, one, other in QUESTIONS:
@@ -120,24 +139,47 @@ def test_a_difference_is_of_the_first_row_less_the_second() -> None:
             a, b = (normalized_entropy(label, np.abs(label - offs[r]), rate) for r in (one, other))
             assert found[text][task].mean == pytest.approx(a - b)
     some = {row: results[row] for row in ("sequence", "sequence:stale")}
-    assert list(answers(some, RATES)) == ["freshness: events of today"]
+    assert list(answers(of, some)) == ["freshness: events of today"]
     made_up = replace(SPEC, simulated=True)
     text = markdown(results, found, RATES, made_up)
-    assert all(title in text for title in ROWS.values()) and "2 seed(s); simulated data" in text
+    assert all(row in text for row in ROWS) and "2 seed(s); simulated data" in text
     assert "simulated" not in markdown(results, found, RATES, replace(SPEC, simulated=False))
 
 
-def test_the_program_trains_every_row_and_keeps_its_table(
+def test_the_paradigm_trains_every_row_and_keeps_its_table(
     lake, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(program, "Lake", lambda *_: lake)
-    monkeypatch.setattr(program.datasets, "get", lambda _: SPEC)
-    program.main(["--dataset", "tiny", "--out", str(tmp_path)])
-    (table,) = tmp_path.glob("paradigm/*/table.json")
+    monkeypatch.setattr(paradigm, "Lake", lambda *_: lake)
+    monkeypatch.setattr(paradigm.datasets, "get", lambda _: SPEC)
+    paradigm.main(["--dataset", "tiny", "--out", str(tmp_path), "--change", "queries=2"])
+    (table,) = tmp_path.glob("*/paradigm.json")
     values = json.loads(table.read_text())
-    assert list(values["ne"]) == list(ROWS) and capsys.readouterr().out.count("| + ") == 12
+    assert list(values["ne"]) == list(ROWS.values()) and capsys.readouterr().out.count("| + ") == 12
     ne = [by_task["click"] for by_task in values["ne"].values()]
     assert len(set(ne)) == len(ROWS)  # each row reads something else
-    with pytest.raises(SystemExit):
-        program.main(["--dataset", "tiny", "--out", str(tmp_path), "--first", DAYS[-1]])
-    assert "error: the lake" in capsys.readouterr().err
+    kept = {json.loads(p.read_text())["model"] for p in table.parent.glob("*-*.json")}
+    assert kept == {"sum", *(f"{row}:queries=2" for row in ROWS if row != "sum")}
+    for more, error in (
+        (["--first", DAYS[-1]], "error: the lake"),
+        (["--models", "dlrm"], "error: --models: 'dlrm'"),
+    ):
+        with pytest.raises(SystemExit):
+            paradigm.main(["--dataset", "tiny", "--out", str(tmp_path), *more])
+        assert error in capsys.readouterr().err
+
+
+def test_variants_are_compared_with_the_first(lake, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ablations, "Lake", lambda *_: lake)
+    monkeypatch.setattr(ablations.datasets, "get", lambda _: SPEC)
+    stream, attribute = SPEC.streams[0].name, SPEC.event_attributes[0].name
+    names = ["sequence", f"sequence:{stream}=0", f"sequence:without={attribute}", "sum"]
+    ablations.main(["--dataset", "tiny", "--out", str(tmp_path), "--models", ",".join(names)])
+    (table,) = tmp_path.glob("*/ablations.json")
+    values = json.loads(table.read_text())
+    assert list(values["ne"]) == names
+    for name, (title, found) in zip(names[1:], values["differences"].items(), strict=True):
+        assert title == f"{name}, less sequence"
+        for task, interval in found.items():
+            apart = values["ne"][name][task] - values["ne"]["sequence"][task]
+            assert interval["mean"] == pytest.approx(apart) and apart != 0
+    assert f"| {names[1]}, less sequence |" in capsys.readouterr().out

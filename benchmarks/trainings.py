@@ -1,0 +1,125 @@
+"""Trainings of our models side by side over one split, and the tables of what sets them apart.
+
+A split is of the newest days of the lake; each training is a file under --out, and a run that was killed
+goes on when the same is typed again. `paradigm.py` and `ablations.py` name the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+
+from benchmarks.ours import Ours
+from benchmarks.results import PARTS, Result, Store, difference, interval_text, mean_ne
+from benchmarks.split import Split, base_rates, newest_split, pins
+from feature_store.lake import Lake
+from feature_store.spec import Dataset
+from models.metrics import Interval
+
+Results = Mapping[str, Sequence[Result]]
+Differences = Mapping[str, Mapping[str, Interval]]
+
+
+class Trainings:
+    """Models and seeds over one split.
+
+    Args:
+        lake, dataset: of the rows.
+        args: `--out`, `--seeds` and `--first` of the command line, and `--share` where it is known.
+        split: of the days; default: the newest that the lake has.
+
+    Attributes:
+        base_rates: of the training days, by task.
+        store: where results and tables are kept.
+
+    Raises:
+        DataError: the lake has too few days.
+    """
+
+    def __init__(
+        self, lake: Lake, dataset: Dataset, args: argparse.Namespace, split: Split | None = None
+    ) -> None:
+        self.split = split or newest_split(lake, dataset, first=args.first)
+        self.lake, self.dataset = lake, dataset
+        self.seeds = [int(seed) for seed in args.seeds]
+        self.share = getattr(args, "share", 1.0)
+        self.store = Store(args.out / dataset.name)
+        tasks = [task.name for task in dataset.tasks]
+        self.base_rates = base_rates(lake, dataset, self.split.days("train"), tasks)
+
+    def run(self, names: Sequence[str]) -> dict[str, list[Result]]:
+        """By name as in `ours.py`, a result of each seed: what is done, is read.
+
+        Raises:
+            SpecError: a name does not make a model; none is trained then.
+        """
+        of = self.lake, self.dataset
+        models = {name: Ours(*of, name, self.split, share=self.share) for name in names}
+        data = {
+            "spec": self.dataset.hash, "split": asdict(self.split), "pins": pins(self.lake),
+            "share": self.share,
+        }  # fmt: skip
+        tasks = list(self.base_rates)
+        found: dict[str, list[Result]] = {name: [] for name in models}
+        for seed in self.seeds:
+            for name, model in models.items():
+                config = {"data": data, "model": model.config()}
+                train = partial(model.run, tasks, seed)
+                found[name].append(self.store.once(name, tasks, seed, config, train))
+        return found
+
+    def differences(self, one: Sequence[Result], other: Sequence[Result]) -> dict[str, Interval]:
+        """By task, NE on the test of the one less that of the other."""
+        return {
+            task: difference(one, "test", other, "test", {task: rate})
+            for task, rate in self.base_rates.items()
+        }
+
+    def write(self, name: str, rows: Results, differences: Differences) -> None:
+        """Print the tables, and keep them as `<name>.md` and `<name>.json`.
+
+        Args:
+            rows: by title.
+            differences: by title.
+        """
+        values = {
+            "base_rates": self.base_rates,
+            "ne": {
+                row: {t: mean_ne(of, "test", {t: rate}) for t, rate in self.base_rates.items()}
+                for row, of in rows.items()
+            },
+            "differences": {
+                text: {task: asdict(found) for task, found in by_task.items()}
+                for text, by_task in differences.items()
+            },
+        }
+        text = markdown(rows, differences, self.base_rates, self.dataset)
+        self.store.write_table(text, values, name=name)
+
+
+def markdown(
+    rows: Results, differences: Differences, rates: Mapping[str, float], dataset: Dataset
+) -> str:
+    """NE of each row on validation and test, and the differences on the test."""
+    titles = [f"`{t.name}`{' (sampled)' if t.sampled else ''}" for t in dataset.tasks]
+    out = []
+    for part in PARTS:
+        out += _head([f"NE on the {part}", *titles, "seconds of a training"])
+        for row, of in rows.items():
+            cells = [f"{mean_ne(of, part, {task: rate}):.4f}" for task, rate in rates.items()]
+            seconds = np.mean([r.facts["seconds"] for r in of])
+            out.append(f"| {row} | {' | '.join(cells)} | {seconds:.0f} |")
+    out += _head(["test, difference", *titles])
+    for text, by_task in differences.items():
+        out.append(f"| {text} | {' | '.join(interval_text(by_task[task]) for task in rates)} |")
+    seeds = {r.seed for of in rows.values() for r in of}
+    made_up = "; simulated data" if dataset.simulated else ""
+    return "\n".join(out).lstrip() + f"\n\n{len(seeds)} seed(s){made_up}\n"
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [f"\n| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
