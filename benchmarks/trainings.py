@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,12 @@ from benchmarks.results import PARTS, Result, Store, difference, interval_text, 
 from benchmarks.split import Split, base_rates, newest_split, pins
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
+from jobs.training.checkpoints import replacing
+from jobs.training.plots import ne_differences
 from models.metrics import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Results = Mapping[str, Sequence[Result]]
 Differences = Mapping[str, Mapping[str, Interval]]
@@ -80,7 +86,7 @@ class Trainings:
         }
 
     def write(self, name: str, rows: Results, differences: Differences) -> None:
-        """Print the tables, and keep them as `<name>.md` and `<name>.json`.
+        """Print the tables, and keep them as `<name>.md` and `<name>.json`, the differences as `<name>.png`.
 
         Args:
             rows: by title.
@@ -99,14 +105,29 @@ class Trainings:
         }
         text = markdown(rows, differences, self.base_rates, self.dataset)
         self.store.write_table(text, values, name=name)
+        if differences:
+            with replacing(self.store.folder / f"{name}.png") as staging:
+                self._drawn(name, differences).savefig(staging, format="png", dpi=120)
+
+    def _drawn(self, name: str, differences: Differences) -> Figure:
+        panels = {
+            title: [
+                (text, by_task[task].mean, by_task[task].low, by_task[task].high)
+                for text, by_task in differences.items()
+            ]
+            for task, title in zip(self.base_rates, _titles(self.dataset), strict=True)
+        }
+        made_up = " (simulated data)" if self.dataset.simulated else ""
+        days = " to ".join(dict.fromkeys(self.split.test))
+        title = f"{self.dataset.name}, {name}, test {days}{made_up}"
+        return ne_differences(panels, title=title, axis="difference in NE")
 
 
 def markdown(
     rows: Results, differences: Differences, rates: Mapping[str, float], dataset: Dataset
 ) -> str:
     """NE of each row on validation and test, and the differences on the test."""
-    titles = [f"`{t.name}`{' (sampled)' if t.sampled else ''}" for t in dataset.tasks]
-    out = []
+    titles, out = _titles(dataset), []
     for part in PARTS:
         out += _head([f"NE on the {part}", *titles, "seconds of a training"])
         for row, of in rows.items():
@@ -119,6 +140,10 @@ def markdown(
     seeds = {r.seed for of in rows.values() for r in of}
     made_up = "; simulated data" if dataset.simulated else ""
     return "\n".join(out).lstrip() + f"\n\n{len(seeds)} seed(s){made_up}\n"
+
+
+def _titles(dataset: Dataset) -> list[str]:
+    return [f"{t.name}{' (sampled)' if t.sampled else ''}" for t in dataset.tasks]
 
 
 def _head(columns: Sequence[str]) -> list[str]:

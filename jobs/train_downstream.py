@@ -249,9 +249,10 @@ def _log(
         ]
         if rows:
             reference = result["arms"][result["reference"]]["title"]
-            run.figure(
-                plots.ne_differences(rows, title=title, reference=reference), "ne_difference.png"
+            drawn = plots.ne_differences(
+                {task.name: rows}, title=title, axis=f"NE minus that of '{reference}'"
             )
+            run.figure(drawn, "ne_difference.png")
         curves = {n: (s.label, s.prediction) for n, s in scored.items() if n in _CURVES}
         run.figure(plots.calibration(curves, title=title), "calibration.png")
 

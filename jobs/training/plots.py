@@ -80,27 +80,32 @@ def calibration(
     return figure
 
 
-def ne_differences(
-    rows: Sequence[tuple[str, float, float, float]], *, title: str, reference: str
-) -> Figure:
-    """NE differences with their intervals.
+Row = tuple[str, float, float, float]
+
+
+def ne_differences(panels: Mapping[str, Sequence[Row]], *, title: str, axis: str) -> Figure:
+    """NE differences with their intervals; left of 0 is better.
 
     Args:
-        rows: (arm, difference, low, high); below 0 is better than the reference.
+        panels: title of a panel -> (name, difference, low, high) of each row; the same names in all.
         title: of the plot.
-        reference: the arm that the others are compared with.
+        axis: what the differences are.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 1.2 + 0.4 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for i, (_, value, low, high) in enumerate(reversed(rows)):
-        axes.errorbar(
-            value, i, xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", capsize=3
-        )
-    axes.axvline(0.0, color="gray", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), [r[0] for r in reversed(rows)], fontsize=8)
-    axes.set_xlabel(f"NE minus that of '{reference}', 95% interval (left is better)")
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.3, axis="x")
+    names = [name for name, *_ in next(iter(panels.values()))]
+    figure = Figure(figsize=(4.5 + 3 * len(panels), 1.4 + 0.4 * len(names)), layout="constrained")
+    many = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (panel, rows) in zip(many, panels.items(), strict=True):
+        for i, (_, value, low, high) in enumerate(rows):
+            around = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.errorbar(value, i, xerr=around, fmt="o", capsize=3)
+        axes.axvline(0.0, color="gray", linestyle="--", linewidth=1)
+        axes.set_title(panel, fontsize=9)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(alpha=0.3, axis="x")
+    many[0].set_yticks(range(len(names)), names, fontsize=8)
+    many[0].invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(f"{axis}, 95% interval (left is better)", fontsize=9)
     return figure

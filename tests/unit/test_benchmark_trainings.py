@@ -183,3 +183,4 @@ def test_variants_are_compared_with_the_first(lake, tmp_path, monkeypatch, capsy
             apart = values["ne"][name][task] - values["ne"]["sequence"][task]
             assert interval["mean"] == pytest.approx(apart) and apart != 0
     assert f"| {names[1]}, less sequence |" in capsys.readouterr().out
+    assert table.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
