@@ -35,9 +35,7 @@ class TrainingConfig:
         epochs: passes over the day. One where single ids have embeddings: these overfit when they see a
             label twice.
         learning_rate: of everything but the embedding tables (theirs is the model's).
-        muon: matrices are moved by Muon (Jordan et al., "Muon: an optimizer for hidden layers in neural
-            networks", 2024), which makes the singular values of an update alike, so that a direction
-            that few labels speak for is learned as fast as the others; off: by Adam, as the rest is.
+        muon: matrices are moved by Muon (`muon.py`); off: by Adam, as the rest is.
         average: decay of the moving average of the weights per step; 0: none. The average is what is
             scored and published, and training goes on from the weights themselves.
         max_grad_norm: gradients of the same are clipped to it.

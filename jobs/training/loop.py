@@ -20,6 +20,7 @@ from jobs.training.average import Average
 from jobs.training.config import Shift
 from jobs.training.ids import int64_ids
 from jobs.training.loader import Limits, cuts
+from jobs.training.muon import Muon
 from jobs.training.presets import Preset
 from jobs.training.rows import Rows
 from models.batch import Batch
@@ -87,8 +88,7 @@ class Learner:
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """By name. Rows of a small embedding table are not a matrix in Muon's sense, and neither are biases
-        by bucket and head, which are narrow. Scaled as in arXiv 2502.16982, eq. 4, a step of Muon is as
-        large as one of Adam, so both have one learning rate."""
+        by bucket and head, which are narrow."""
         rate = self.config.learning_rate
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         matrices: list[nn.Parameter] = []
@@ -101,9 +101,7 @@ class Learner:
             "adam": torch.optim.Adam(rest, lr=rate, fused=True)
         }
         if matrices:
-            found["muon"] = torch.optim.Muon(
-                matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            )
+            found["muon"] = Muon(matrices, lr=rate)
         return found
 
     def keep_parent(self, tasks: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters Muon moves, and what a snapshot keeps of it."""
+"""Muon takes the step of torch's own, of the parameters that are matrices, and what a snapshot keeps of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,64 @@ import torch
 from torch import nn
 
 from jobs.training.loop import Learner, train
+from jobs.training.muon import Muon, orthogonalised
 from jobs.training.presets import Preset, preset
 from tests.synthetic import dataset
+
+SHAPES = [(24, 96), (96, 24), (24, 24), (16, 40), (24, 96)]
+JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+def iterated(matrix: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz as it is written down, in float64."""
+    a, b, c = JORDAN
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 30), (24, 96), (96, 24), (1, 40)])
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-5])
+def test_a_matrix_is_brought_near_orthogonality(shape: tuple[int, int], smallest: float) -> None:
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = (u * torch.logspace(0, torch.tensor(smallest).log10(), len(s))) @ v
+    found, want = orthogonalised(matrix, JORDAN, 5, 1e-7), iterated(matrix)
+    assert (found.double() - want).norm() < 2e-3 * want.norm()
+    if smallest == 1.0:
+        assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.35
+
+
+def test_no_gradient_at_all_moves_nothing() -> None:
+    assert torch.equal(orthogonalised(torch.zeros(8, 20), JORDAN, 5, 1e-7), torch.zeros(8, 20))
+
+
+def test_steps_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    mine = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    start = [p.detach().clone() for p in mine]
+    ours = Muon(mine, lr=0.01)
+    reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        if step == 2:  # what a batch does not reach stays where it is
+            mine[1].grad = theirs[1].grad = None
+        ours.step()
+        reference.step()
+    for p, q, was in zip(mine, theirs, start, strict=True):
+        # torch orthogonalises in bfloat16
+        assert (p - q).norm() < 0.04 * (q - was).norm()
+        assert torch.equal(ours.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
+
+
+def test_only_matrices_are_taken() -> None:
+    with pytest.raises(ValueError, match="2D parameters"):
+        Muon([nn.Parameter(torch.zeros(3))], lr=0.1)
 
 
 def with_muon(model: str, *, muon: bool = True) -> Preset:
