@@ -120,13 +120,14 @@ def _on_globo(base: Factory) -> Factory:
     def build() -> Preset:
         found = base()
         tables = TableConfig(dim=32, default_rows=2**12, item_rows=2**17)
-        training = TrainingConfig(limits=Limits(max_targets=2048, max_events=32_768))
-        if found.history:  # chosen on 12 October, after training on 8 to 11
+        # what is set here was chosen on 12 October, after training on 8 to 11
+        training = TrainingConfig(limits=Limits(max_targets=2048, max_events=32_768), muon=True)
+        if found.history:
             # articles live for a day or two, and so do topics, blocks of 256 of them: their ids are
             # learned by heart, and a second pass then costs
             tables = replace(tables, learning_rate=0.03, item_rows=1, rows={"topic": 1})
             limits = Limits(max_targets=512, max_events=32_768)
-            training = replace(training, limits=limits, average=0.997, epochs=2, muon=True)
+            training = replace(training, limits=limits, average=0.997, epochs=2)
         return replace(
             found,
             sum=found.sum and replace(found.sum, tables=tables),
