@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.flags import flags, listed
+from benchmarks.split import newest_split
 from benchmarks.trainings import Trainings
 from feature_store import datasets
 from feature_store.errors import HeadwaterError
@@ -43,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     try:
         dataset = datasets.get(args.dataset)
-        trainings = Trainings(Lake(Settings.from_env().lake_root, dataset), dataset, args)
+        lake = Lake(Settings.from_env().lake_root, dataset)
+        trainings = Trainings(
+            lake, dataset, newest_split(lake, dataset, first=args.first), out=args.out,
+            seeds=map(int, args.seeds), share=args.share,
+        )  # fmt: skip
         results = trainings.run(args.models)
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.flags import check_names, flags, listed
 from benchmarks.results import Result
+from benchmarks.split import newest_split
 from benchmarks.trainings import Differences, Trainings
 from feature_store import datasets
 from feature_store.errors import HeadwaterError
@@ -76,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_names("--models", args.models, ROWS)
         dataset = datasets.get(args.dataset)
-        trainings = Trainings(Lake(Settings.from_env().lake_root, dataset), dataset, args)
+        lake = Lake(Settings.from_env().lake_root, dataset)
+        trainings = Trainings(
+            lake, dataset, newest_split(lake, dataset, first=args.first), out=args.out,
+            seeds=map(int, args.seeds),
+        )  # fmt: skip
         names = {row: ":".join([row, *_changes(row, args.change)]) for row in args.models}
         found = trainings.run(list(names.values()))
     except HeadwaterError as error:

@@ -1,22 +1,22 @@
 """Trainings of our models side by side over one split, and the tables of what sets them apart.
 
-A split is of the newest days of the lake; each training is a file under --out, and a run that was killed
-goes on when the same is typed again. `paradigm.py` and `ablations.py` name the models.
+Each training is a file, and a run that was killed goes on when the same is typed again. `paradigm.py` and
+`ablations.py` name the models.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks.ours import Ours
 from benchmarks.results import PARTS, Result, Store, difference, interval_text, mean_ne
-from benchmarks.split import Split, base_rates, newest_split, pins
+from benchmarks.split import Split, base_rates, pins
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from jobs.training.checkpoints import replacing
@@ -35,27 +35,28 @@ class Trainings:
 
     Args:
         lake, dataset: of the rows.
-        args: `--out`, `--seeds` and `--first` of the command line, and `--share` where it is known.
-        split: of the days; default: the newest that the lake has.
+        split: of the days.
+        out: folder of everything that is kept.
+        seeds: of every training.
+        share: of all users.
 
     Attributes:
         base_rates: of the training days, by task.
         store: where results and tables are kept.
 
     Raises:
-        DataError: the lake has too few days.
+        DataError: a task has no label on the training days.
     """
 
     def __init__(
-        self, lake: Lake, dataset: Dataset, args: argparse.Namespace, split: Split | None = None
-    ) -> None:
-        self.split = split or newest_split(lake, dataset, first=args.first)
-        self.lake, self.dataset = lake, dataset
-        self.seeds = [int(seed) for seed in args.seeds]
-        self.share = getattr(args, "share", 1.0)
-        self.store = Store(args.out / dataset.name)
+        self, lake: Lake, dataset: Dataset, split: Split, *, out: Path, seeds: Iterable[int],
+        share: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.lake, self.dataset, self.split = lake, dataset, split
+        self.seeds, self.share = list(seeds), share
+        self.store = Store(out / dataset.name)
         tasks = [task.name for task in dataset.tasks]
-        self.base_rates = base_rates(lake, dataset, self.split.days("train"), tasks)
+        self.base_rates = base_rates(lake, dataset, split.days("train"), tasks)
 
     def run(self, names: Sequence[str]) -> dict[str, list[Result]]:
         """By name as in `ours.py`, a result of each seed: what is done, is read.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +34,8 @@ def lake() -> MemoryLake:
     return MemoryLake(SPEC, tables(SPEC, days=len(DAYS), users=12))
 
 
-def trainings(lake: MemoryLake, out: Path, *more: str) -> Trainings:
-    argv = ["--dataset", "tiny", "--out", str(out), "--models", "sum", *more]
-    return Trainings(lake, SPEC, ablations.arguments(argv))
+def trainings(lake: MemoryLake, out: Path, **more: Any) -> Trainings:
+    return Trainings(lake, SPEC, newest_split(lake, SPEC), out=out, **{"seeds": [0], **more})
 
 
 def test_the_split_is_the_newest_days_that_every_task_has_answers_for(lake) -> None:
@@ -71,12 +71,12 @@ def test_rows_are_trained_once_by_their_names_and_seeds(lake, tmp_path, monkeypa
 
     monkeypatch.setattr(Ours, "run", run)
     names = ["sum", "sequence:stale:members=2", "hybrid"]
-    found = trainings(lake, tmp_path, "--seeds", "0,1").run(names)
+    found = trainings(lake, tmp_path, seeds=[0, 1]).run(names)
     assert trained == [(name, seed) for seed in (0, 1) for name in names]
     assert {name: [r.seed for r in of] for name, of in found.items()} == {n: [0, 1] for n in names}
-    trainings(lake, tmp_path, "--seeds", "0,1").run(names)
+    trainings(lake, tmp_path, seeds=[0, 1]).run(names)
     assert len(trained) == 6
-    trainings(lake, tmp_path, "--share", "0.5").run(names)  # other rows
+    trainings(lake, tmp_path, share=0.5).run(names)  # other rows
     assert len(trained) == 9
 
 
