@@ -78,6 +78,11 @@ class Ours:
                 self.preset = changed(self.preset, *change.split("=", 1))
             else:
                 self.seen.append(see)
+        try:
+            with torch.random.fork_rng():
+                self.preset.build(dataset, torch.device("cpu"))
+        except ValueError as error:
+            raise SpecError(f"--models: {model!r} cannot be built: {error}") from error
         self.lake, self.dataset, self.model, self.split = lake, dataset, model, split
         self.share = share
 
