@@ -103,6 +103,7 @@ def ne_differences(panels: Mapping[str, Sequence[Row]], *, title: str, axis: str
         axes.axvline(0.0, color="gray", linestyle="--", linewidth=1)
         axes.set_title(panel, fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(alpha=0.3, axis="x")
     many[0].set_yticks(range(len(names)), names, fontsize=8)
     many[0].invert_yaxis()

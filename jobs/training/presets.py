@@ -130,7 +130,7 @@ def _on_globo(base: Factory) -> Factory:
             training = replace(training, limits=limits, average=0.997, epochs=2)
         return replace(
             found,
-            sum=found.sum and replace(found.sum, tables=tables),
+            sum=found.sum and replace(found.sum, tables=replace(tables, dim=64)),
             sequence=found.sequence and replace(found.sequence, tables=tables, members=3),
             hybrid=found.hybrid and replace(found.hybrid, tables=tables, members=3),
             training=training,
