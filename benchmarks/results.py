@@ -213,9 +213,11 @@ def difference(
     base_rates: Mapping[str, float],
 ) -> Interval:
     """NE of a part of `mine` less NE of a part of `other`, averaged over the tasks of `base_rates` and
-    the seeds that both have."""
+    the seeds that both have; where there is one `other`, it stands against all seeds of `mine`."""
     seeds = {result.seed: result for result in other}
     both = [(result, seeds[result.seed]) for result in mine if result.seed in seeds]
+    if len(other) == 1:
+        both = [(result, other[0]) for result in mine]
     return mean_ne_difference(
         [
             Pair(

@@ -46,6 +46,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_argument(
         "--models", type=listed, default=["sequence"], help="of ours, by names as in `ours.py`"
     )
+    cli.add_argument(
+        "--peer-seeds",
+        type=listed,
+        help="default: --seeds; a single one stands against all of ours",
+    )
     cli.add_argument("--tasks", type=listed, default=[], help="default: all (FuxiCTR: the clicks)")
     cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
     cli.add_argument(
@@ -105,10 +110,11 @@ class Comparison:
     def run(self) -> list[Result]:
         """Every model and seed that was asked for: what is done, is read."""
         found = []
-        for seed in map(int, self.args.seeds):
+        for seed in map(int, self.args.peer_seeds or self.args.seeds):
             for peer in self.args.peers:
                 for task in self.tasks if peer == "lightgbm" else self._clicks():
                     found.append(self._peer(peer, task, seed))
+        for seed in map(int, self.args.seeds):
             for model in self.args.models:
                 found.append(self._ours(model, seed))
         return found

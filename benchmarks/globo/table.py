@@ -18,8 +18,8 @@ class Line:
     Args:
         ne, auc: by part.
         spread: largest less smallest NE on the test days over the seeds.
-        difference: NE on the test days less the best peer's, with its 95 % interval, of the seeds that
-            both have; "" for the best peer itself.
+        difference: NE on the test days less the best peer's, with its 95 % interval, as
+            `results.difference` pairs their seeds; "" for the best peer itself.
         seconds: of one training.
     """
 

@@ -16,7 +16,15 @@ from benchmarks.globo.data import WINDOW, Flat, concat, flat_day, flatten
 from benchmarks.globo.encoded import Batches, Encoder, Pad
 from benchmarks.globo.fuxictr_peers import FuxiCtr
 from benchmarks.ours import Ours
-from benchmarks.results import Predictions, Result, Store, trial
+from benchmarks.results import (
+    Predictions,
+    Result,
+    Store,
+    difference,
+    interval_text,
+    mean_ne,
+    trial,
+)
 from benchmarks.split import Split, rows_of, shown_on
 from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
@@ -255,6 +263,19 @@ def test_a_comparison_tests_all_on_the_same_labels_and_goes_on_where_it_was(
     (tmp_path / "results-1" / "lightgbm-buy-0.json").unlink()
     with pytest.raises(TypeError):
         run(lake, tmp_path, "--tasks", "click,buy").run()
+
+
+def test_one_training_of_a_peer_stands_against_all_of_ours(lake, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(lightgbm_peer, "CHOICES", ())
+    flags = ("--tasks", "click", "--seeds", "0,1", "--peer-seeds", "0")
+    comparison = run(lake, tmp_path, *flags)
+    results, rates = comparison.run(), comparison.base_rates()
+    assert [(r.model, r.seed) for r in results] == [("lightgbm", 0), ("sum", 0), ("sum", 1)]
+    peer, *ours = [mean_ne([r], "test", rates) for r in results]
+    assert ours[0] != ours[1]
+    found = difference(results[1:], "test", results[:1], "test", rates)
+    assert found.mean == pytest.approx(np.mean(ours) - peer)
+    assert interval_text(found) in table.markdown(table.lines(results, ["lightgbm"], rates))
 
 
 def test_the_difference_is_to_the_peer_that_is_best_on_the_validation_day() -> None:
