@@ -62,6 +62,7 @@ class AirflowServices:
     port: int = 0
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _lock: FileLock | None = None
+    _held: socket.socket | None = None
     _env: dict[str, str] = field(default_factory=dict)
     _started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -210,6 +211,9 @@ class AirflowServices:
         self._processes.clear()
         (self.home / "services.json").unlink(missing_ok=True)
         shutil.rmtree(self.home / "tmp", ignore_errors=True)
+        if self._held is not None:
+            self._held.close()
+            self._held = None
         self._lock.release()
         self._lock = None
 
@@ -218,7 +222,8 @@ class AirflowServices:
         return self.home / "airflow.db"
 
     def _environment(self) -> dict[str, str]:
-        self.port = free_port(_WEB_PORT)
+        self._held = self._held or held_port(_WEB_PORT)
+        self.port = self._held.getsockname()[1]
         scratch = self.home / "tmp"
         scratch.mkdir(exist_ok=True)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW")}
@@ -317,8 +322,24 @@ def end_processes(home: Path) -> None:
 
 def free_port(wanted: int = 0) -> int:
     """`wanted` where it is free, otherwise any port that is."""
+    with held_port(wanted) as held:
+        return int(held.getsockname()[1])
+
+
+def held_port(wanted: int = 0) -> socket.socket:
+    """A socket that keeps a port for a server that is still to start: `wanted` where it is free,
+    otherwise any port that is.
+
+    It is bound and never listens, so a server that reuses addresses, as asyncio's do, can listen there,
+    and nobody else finds the port free. A run that took another's for its own would talk to it.
+    """
     for port in (wanted, 0):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return int(probe.getsockname()[1])
+        held = socket.socket()
+        try:
+            held.bind(("127.0.0.1", port))
+        except OSError:
+            held.close()
+            continue
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return held
     raise ServiceError("there is no free port on 127.0.0.1")
