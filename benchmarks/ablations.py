@@ -40,7 +40,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing and print the tables; they are kept as `ablations.md` and `.json` too."""
+    """Train what is missing and print the tables; they are kept as `ablations.md`, `.json` and `.png`."""
     args = arguments(argv)
     try:
         dataset = datasets.get(args.dataset)

@@ -20,11 +20,7 @@ def flags(
         seeds: the default.
         any_dataset: ask for --dataset too.
     """
-    cli = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{program}",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    cli = parser(program, about)
     if any_dataset:
         cli.add_argument("--dataset", required=True, help="whose lake: simulated or globo")
     cli.add_argument("--out", type=Path, required=True, help="where everything is kept")
@@ -32,6 +28,15 @@ def flags(
         "--seeds", type=listed, default=listed(seeds), help=f"of every training, default {seeds}"
     )
     return cli
+
+
+def parser(program: str, about: str | None) -> argparse.ArgumentParser:
+    """A command line without flags; the arguments are those of `flags`."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{program}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def listed(text: str) -> list[str]:

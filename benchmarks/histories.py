@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,15 +109,23 @@ def _only(batch: Batch, keep: Tensor) -> Batch:
     end = so_far.index_select(0, start + batch.history_end) - so_far.index_select(0, start)
     return replace(
         batch,
-        event_offsets=so_far.index_select(0, batch.event_offsets),
-        event_stream=batch.event_stream[keep],
-        event_time=batch.event_time[keep],
-        event_available=batch.event_available[keep],
-        event_ids={k: v[keep] for k, v in batch.event_ids.items()},
-        event_floats={k: v[keep] for k, v in batch.event_floats.items()},
         history_end=end,
         pair_numbers=batch.pair_numbers[keep[target_pairs(batch).event]],
+        **events_of(batch, keep, so_far.index_select(0, batch.event_offsets).diff()),
     )
+
+
+def events_of(batch: Batch, event: Tensor, sizes: Tensor) -> dict[str, Any]:
+    """The fields of a batch whose rows have `sizes` (R,) of the events `event`, indices or a mask, row by
+    row."""
+    return {
+        "event_offsets": F.pad(sizes.cumsum(0), (1, 0)),
+        "event_stream": batch.event_stream[event],
+        "event_time": batch.event_time[event],
+        "event_available": batch.event_available[event],
+        "event_ids": {k: v[event] for k, v in batch.event_ids.items()},
+        "event_floats": {k: v[event] for k, v in batch.event_floats.items()},
+    }
 
 
 def _orders(batch: Batch) -> Tensor:

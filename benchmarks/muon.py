@@ -9,13 +9,13 @@ the steps, as a share of the way (torch iterates in bfloat16).
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from benchmarks.flags import parser
 from feature_store import datasets
 from jobs.training.loop import Learner
 from jobs.training.muon import Muon
@@ -50,11 +50,7 @@ def compare(shapes: Sequence[Sequence[int]], *, steps: int = STEPS) -> tuple[flo
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.muon",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
+    parser("muon", __doc__).parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dataset = datasets.get("globo")

@@ -22,7 +22,6 @@ models, a ratio of 1.153; ours are ratios of this small model alone, and no esti
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flags import parser
 from feature_store import datasets
 from feature_store.days import DAY_US, HOUR_US
 from feature_store.spec import Dataset, Kind
@@ -337,11 +337,7 @@ def markdown(costs: Sequence[Cost]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.serving",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
+    parser("serving", __doc__).parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dataset = datasets.get("globo")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.histories import events_of
 from feature_store.days import HOUR_US, shift
 from feature_store.embeddings import EmbeddingKind, UserEmbeddings, pooled, read_embeddings
 from feature_store.errors import SpecError
@@ -298,7 +299,7 @@ def by_moment(batch: Batch) -> Batch:
         user_ids={},
         sparse={},
         dense=torch.zeros(len(row), 0),
-        **_events(batch, of_target[:0], torch.zeros_like(row)),
+        **events_of(batch, of_target[:0], torch.zeros_like(row)),
     )
 
 
@@ -312,17 +313,5 @@ def available_before(batch: Batch, row: Tensor, at: Tensor) -> Batch:
         user_id=batch.user_id[row],
         row_of_target=row[:0],
         target_offsets=torch.zeros(len(row) + 1, dtype=torch.int64),
-        **_events(batch, pairs.event[known], sizes),
+        **events_of(batch, pairs.event[known], sizes),
     )
-
-
-def _events(batch: Batch, event: Tensor, sizes: Tensor) -> dict[str, Any]:
-    """The fields of a batch whose rows have `sizes` (M,) of the events `event`, row by row."""
-    return {
-        "event_offsets": F.pad(sizes.cumsum(0), (1, 0)),
-        "event_stream": batch.event_stream[event],
-        "event_time": batch.event_time[event],
-        "event_available": batch.event_available[event],
-        "event_ids": {k: v[event] for k, v in batch.event_ids.items()},
-        "event_floats": {k: v[event] for k, v in batch.event_floats.items()},
-    }

@@ -163,6 +163,7 @@ def test_the_paradigm_trains_every_row_and_keeps_its_table(
     for more, error in (
         (["--first", DAYS[-1]], "error: the lake"),
         (["--models", "dlrm"], "error: --models: 'dlrm'"),
+        (["--change", "depth=2"], "error: --models: depth=2"),
     ):
         with pytest.raises(SystemExit):
             paradigm.main(["--dataset", "tiny", "--out", str(tmp_path), *more])
