@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,14 +23,14 @@ from feature_store.lake import Lake
 from feature_store.spec import Dataset, Task
 from feature_store.tables import NO_LABEL
 from jobs.settings import Settings
-from jobs.training.config import to_plain
-from jobs.training.downstream import ArmConfig, Comparison, DownstreamTraining, Loaded, load
+from jobs.training.config import DownstreamTraining, to_plain
+from jobs.training.downstream import ArmConfig, Comparison, Loaded, load
 from jobs.training.ids import seed_of
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows, share_within
 from jobs.training.loop import Scored
+from jobs.training.presets import downstream_training
 from jobs.training.rows import Rows
 
-BUDGET = DownstreamTraining(max_train_targets=150_000, max_test_targets=100_000)
 ROUNDS = 4  # newest ones
 ALL_TASKS = "mean over the tasks"
 _SOURCE = "upstream"
@@ -49,9 +49,11 @@ class Round:
         return self.training[-1]
 
 
-def budget() -> dict[str, Any]:
-    """What a result depends on beside the lake and the upstream model."""
-    return {**to_plain(BUDGET), "rounds": ROUNDS}
+def budget(dataset: Dataset) -> DownstreamTraining:
+    """The pipeline's, with more targets."""
+    return replace(
+        downstream_training(dataset), max_train_targets=150_000, max_test_targets=100_000
+    )
 
 
 def rounds(lake: Lake, dataset: Dataset, task: Task, embedded: Collection[str]) -> list[Round]:
@@ -63,7 +65,7 @@ def rounds(lake: Lake, dataset: Dataset, task: Task, embedded: Collection[str]) 
     Raises:
         DataError: there is none.
     """
-    labels = lake.partitions("labels")
+    labels, most = lake.partitions("labels"), budget(dataset)
     usable = {
         ds
         for ds in lake.partitions("examples")
@@ -71,14 +73,14 @@ def rounds(lake: Lake, dataset: Dataset, task: Task, embedded: Collection[str]) 
     }
     found = []
     for test in sorted(usable):
-        days = [shift(test, -i) for i in range(BUDGET.train_days, 0, -1)]
+        days = [shift(test, -i) for i in range(most.train_days, 0, -1)]
         training = tuple(ds for ds in days if ds in usable)
-        if len(training) >= BUDGET.min_train_days and training[-1] == days[-1]:
+        if len(training) >= most.min_train_days and training[-1] == days[-1]:
             found.append(Round(training=training, test=test))
     if not found:
         raise DataError(
             f"task {task.name} has {len(usable)} days with labels and embeddings of the day before: "
-            f"{BUDGET.min_train_days + 1} in a row are needed; build more days"
+            f"{most.min_train_days + 1} in a row are needed; build more days"
         )
     return found[-ROUNDS:]
 
@@ -110,16 +112,19 @@ def decode(lake: Lake, dataset: Dataset, task: Task, days: Round) -> RoundRows:
             for ds, day in found.items()
         }  # fmt: skip
 
+    allowed = budget(dataset)
     return RoundRows(
-        training=rows(days.training, Users.TRAINING, BUDGET.max_train_targets),
-        test=rows((days.test,), Users.ALL, BUDGET.max_test_targets)[days.test],
+        training=rows(days.training, Users.TRAINING, allowed.max_train_targets),
+        test=rows((days.test,), Users.ALL, allowed.max_test_targets)[days.test],
     )
 
 
-def with_embeddings(decoded: Sequence[Rows], embeddings: UserEmbeddings | None) -> list[Loaded]:
+def with_embeddings(
+    dataset: Dataset, decoded: Sequence[Rows], embeddings: UserEmbeddings | None
+) -> list[Loaded]:
     """Batches that have targets, with the embeddings of their users; None: without any."""
     sources = {} if embeddings is None else {_SOURCE: embeddings}
-    found = load(decoded, sources, Limits(max_targets=BUDGET.batch_targets))
+    found = load(decoded, sources, Limits(max_targets=budget(dataset).batch_targets))
     return [item for item in found if item.batch.targets]
 
 
@@ -130,7 +135,7 @@ def fit(
 
     def comparison(test: Sequence[Loaded]) -> Comparison:
         return Comparison(
-            dataset=dataset, task=task, config=BUDGET, training=training, test=test,
+            dataset=dataset, task=task, config=budget(dataset), training=training, test=test,
             seed=seed_of("downstream", dataset.name, task.name, seed),
         )  # fmt: skip
 
@@ -173,7 +178,8 @@ class Program:
             training = Progressive(
                 self.settings, self.dataset, upstream, seed=seed, out=self.args.out
             )
-            about = {"upstream": training.config(), "downstream": budget()}
+            downstream = {**to_plain(budget(self.dataset)), "rounds": ROUNDS}
+            about = {"upstream": training.config(), "downstream": downstream}
             train = partial(measure, training, seed=seed)
             found.append(self.store.once(name, tasks, seed, about, train))
         return found

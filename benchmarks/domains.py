@@ -110,7 +110,7 @@ def measure(
 
     def batches(rows: Sequence[Rows], ds: str) -> list[Loaded]:
         before = published(days, shift(ds, -1), EmbeddingKind.POOLED) if embeddings else None
-        return with_embeddings(rows, before)
+        return with_embeddings(dataset, rows, before)
 
     for task in dataset.tasks:
         for each in rounds(lake, dataset, task, progressive.days):

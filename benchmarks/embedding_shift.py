@@ -90,7 +90,7 @@ def measure(progressive: Progressive, *, seed: int) -> tuple[Predictions, dict[s
             rows = decode(progressive.lake, dataset, task, each)
             for kind in EmbeddingKind:
                 training = {
-                    ds: with_embeddings(decoded, published(days, shift(ds, -1), kind))
+                    ds: with_embeddings(dataset, decoded, published(days, shift(ds, -1), kind))
                     for ds, decoded in rows.training.items()
                 }
                 batches = [item for of_day in training.values() for item in of_day]
@@ -98,7 +98,7 @@ def measure(progressive: Progressive, *, seed: int) -> tuple[Predictions, dict[s
                 sides = {TRAINING: training[each.training[-1]]}
                 for side in (SERVED, HELD):
                     embeddings = published(days, each.served, kind, held=side == HELD)
-                    sides[side] = with_embeddings(rows.test, embeddings)
+                    sides[side] = with_embeddings(dataset, rows.test, embeddings)
                 found += [
                     of_scored(dataset, part(kind, side), predict(test))
                     for side, test in sides.items()

@@ -36,8 +36,7 @@ from benchmarks.flags import parser
 from feature_store import datasets
 from feature_store.days import DAY_US, HOUR_US
 from feature_store.spec import Dataset, Kind
-from jobs.training.downstream import DownstreamTraining
-from jobs.training.presets import preset
+from jobs.training.presets import downstream_training, preset
 from models.batch import Batch, Sparse
 from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
 from models.features import feature_plan
@@ -153,7 +152,7 @@ def peers(dataset: Dataset) -> list[Peer]:
             DownstreamConfig(
                 use_user_features=False,
                 sources=(PublishedSource(name=SOURCE, embeddings=count, dim=dim),),
-                tables=DownstreamTraining().tables,
+                tables=downstream_training(dataset).tables,
             ),
         ).eval()
         found += [reading(shape, downstream, torch.randn(USERS, count, dim).half())]

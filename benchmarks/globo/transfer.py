@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.alone import budget as budget_of
 from benchmarks.flags import check_names, flags, listed
 from benchmarks.globo import transfer_table as table
 from benchmarks.globo.data import SPLIT as WHOLE
@@ -55,8 +56,8 @@ from feature_store.spec import Dataset, Task
 from jobs.publish_embeddings import POOLED_DAYS
 from jobs.settings import Settings
 from jobs.training.co_occurrence import days_read
-from jobs.training.config import to_plain
-from jobs.training.downstream import ArmConfig, Comparison, DownstreamTraining, Loaded, arms
+from jobs.training.config import DownstreamTraining, to_plain
+from jobs.training.downstream import ArmConfig, Comparison, Loaded, arms
 from jobs.training.ids import int64_ids, seed_of
 from jobs.training.loader import Limits, Users, cuts, labelled_day, labelled_rows, share_within
 from jobs.training.presets import preset
@@ -64,7 +65,6 @@ from jobs.training.rows import Rows
 from models.metrics import normalized_entropy
 
 SPLIT = replace(WHOLE, train=("2017-10-06", "2017-10-11"))
-BUDGET = DownstreamTraining(max_train_targets=150_000, max_test_targets=100_000)
 LAGS_DAYS, LAGS_HOURS = (1, 2, 3), (0, 1)
 
 
@@ -162,7 +162,7 @@ class Transfer:
     Args:
         lake, dataset, settings: of the rows, and where the snapshots are.
         args: of the command line.
-        split, budget: of the days, and of every training.
+        split, budget: of the days, and of every training; by default `benchmarks.alone.budget`.
 
     Raises:
         HeadwaterError: a name is unknown, or a day was not built or published.
@@ -170,10 +170,10 @@ class Transfer:
 
     def __init__(
         self, lake: Lake, dataset: Dataset, settings: Settings, args: argparse.Namespace, *,
-        split: Split = SPLIT, budget: DownstreamTraining = BUDGET,
+        split: Split = SPLIT, budget: DownstreamTraining | None = None,
     ) -> None:  # fmt: skip
         self.lake, self.dataset, self.args = lake, dataset, args
-        self.split, self.budget = split, budget
+        self.split, self.budget = split, budget or budget_of(dataset)
         known = [t.name for t in dataset.tasks]
         check_names("--tasks", args.tasks, known)
         if not args.models:

@@ -1,4 +1,4 @@
-"""How an upstream model is trained and judged; plain values that a snapshot records and rebuilds."""
+"""How models are trained and judged; plain values that a snapshot or a result records and rebuilds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from feature_store.errors import DataError, SpecError
 from jobs.training.loader import Limits
+from models.tables import TableConfig
 
 T = TypeVar("T")
 
@@ -90,6 +91,40 @@ class GateConfig:
     min_labels: int = 200
     min_cosine: float = 0.0
     max_l2: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownstreamTraining:
+    """The budget of every arm of a downstream comparison.
+
+    Args:
+        train_days, min_train_days: most, and fewest, days trained on.
+        max_train_targets, max_test_targets: above them a share of the users is taken.
+        epochs: passes. One where single ids have embeddings, as upstream.
+        batch_targets: targets of a batch. Small: a model that has taken too few steps tells nothing
+            about its inputs.
+        learning_rate: of Adam; the tables have theirs.
+        average: decay of the moving average of the weights, as upstream.
+        bootstrap_samples: of the intervals.
+        importance_targets: test targets that permutation importance is measured on.
+        threads: of torch on a CPU.
+        tables: dimension and sizes of the embedding tables.
+    """
+
+    train_days: int = 5
+    min_train_days: int = 3
+    max_train_targets: int = 80_000
+    max_test_targets: int = 30_000
+    epochs: int = 1
+    batch_targets: int = 256
+    learning_rate: float = 2e-3
+    average: float = 0.99
+    bootstrap_samples: int = 300
+    importance_targets: int = 6_000
+    threads: int = 1
+    tables: TableConfig = field(
+        default_factory=lambda: TableConfig(dim=16, default_rows=2**12, item_rows=2**14)
+    )
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from feature_store.embeddings import UserEmbeddings
 from feature_store.spec import Dataset, Task
 from jobs.training.average import Average
+from jobs.training.config import DownstreamTraining
 from jobs.training.ids import int64_ids
 from jobs.training.judge import metrics_of
 from jobs.training.loader import Limits, cuts
@@ -23,7 +24,6 @@ from models.batch import Batch, Sparse
 from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
 from models.features import ITEM, FeaturePlan, feature_plan
 from models.loss import multi_task_loss
-from models.tables import TableConfig
 
 REFERENCE = "aggregates"
 
@@ -43,38 +43,6 @@ class ArmConfig:
     title: str
     user_features: bool
     sources: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DownstreamTraining:
-    """Every arm's budget.
-
-    Args:
-        train_days, min_train_days: most, and fewest, days trained on.
-        max_train_targets, max_test_targets: above them a share of the users is taken.
-        epochs: passes.
-        batch_targets: targets of a batch.
-        learning_rate: of Adam; the tables have theirs.
-        average: decay of the moving average of the weights, as upstream.
-        bootstrap_samples: of the intervals.
-        importance_targets: test targets that permutation importance is measured on.
-        threads: of torch on a CPU.
-    """
-
-    train_days: int = 5
-    min_train_days: int = 3
-    max_train_targets: int = 80_000
-    max_test_targets: int = 30_000
-    epochs: int = 1
-    batch_targets: int = 1024
-    learning_rate: float = 2e-3
-    average: float = 0.99
-    bootstrap_samples: int = 300
-    importance_targets: int = 6_000
-    threads: int = 1
-    tables: TableConfig = field(
-        default_factory=lambda: TableConfig(dim=16, default_rows=2**12, item_rows=2**14)
-    )
 
 
 def arms(models: Sequence[str]) -> list[ArmConfig]:

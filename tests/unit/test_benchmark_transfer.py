@@ -30,7 +30,8 @@ from feature_store.embeddings import EmbeddingKind, published_rows
 from feature_store.errors import DataError, HeadwaterError, MissingPartitionError, SpecError
 from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints, Snapshot
-from jobs.training.downstream import Comparison, DownstreamTraining
+from jobs.training.config import DownstreamTraining
+from jobs.training.downstream import Comparison
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows, user_batches
 from jobs.training.loop import Learner
 from jobs.training.presets import preset
