@@ -19,23 +19,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks.flags import flags, listed
-from benchmarks.split import newest_split
-from benchmarks.trainings import Trainings
-from feature_store import datasets
+from benchmarks.flags import listed
+from benchmarks.trainings import Trainings, training_flags
 from feature_store.errors import HeadwaterError
-from feature_store.lake import Lake
-from jobs.settings import Settings
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    cli = flags("ablations", __doc__)
-    cli.add_argument("--first", help="day to train from; default: the first of the lake")
+    cli = training_flags("ablations", __doc__)
     cli.add_argument(
         "--models", type=listed, required=True, help="the one to compare with, then its variants"
     )
-    cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
     return cli.parse_args(argv)
 
 
@@ -43,12 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing and print the tables; they are kept as `ablations.md`, `.json` and `.png`."""
     args = arguments(argv)
     try:
-        dataset = datasets.get(args.dataset)
-        lake = Lake(Settings.from_env().lake_root, dataset)
-        trainings = Trainings(
-            lake, dataset, newest_split(lake, dataset, first=args.first), out=args.out,
-            seeds=map(int, args.seeds), share=args.share,
-        )  # fmt: skip
+        trainings = Trainings.asked(args)
         results = trainings.run(args.models)
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)

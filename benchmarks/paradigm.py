@@ -21,14 +21,10 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
-from benchmarks.flags import check_names, flags, listed
+from benchmarks.flags import check_names, listed
 from benchmarks.results import Result
-from benchmarks.split import newest_split
-from benchmarks.trainings import Differences, Trainings
-from feature_store import datasets
+from benchmarks.trainings import Differences, Trainings, training_flags
 from feature_store.errors import HeadwaterError
-from feature_store.lake import Lake
-from jobs.settings import Settings
 
 ROWS = {
     "sequence:unseen": "item and context",
@@ -51,8 +47,7 @@ QUESTIONS = (
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    cli = flags("paradigm", __doc__)
-    cli.add_argument("--first", help="day to train from; default: the first of the lake")
+    cli = training_flags("paradigm", __doc__)
     cli.add_argument(
         "--change", type=listed, default=[], metavar="FIELD=VALUE",
         help="of all models with histories, as in `ours.py`: members=1",
@@ -76,12 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     try:
         check_names("--models", args.models, ROWS)
-        dataset = datasets.get(args.dataset)
-        lake = Lake(Settings.from_env().lake_root, dataset)
-        trainings = Trainings(
-            lake, dataset, newest_split(lake, dataset, first=args.first), out=args.out,
-            seeds=map(int, args.seeds),
-        )  # fmt: skip
+        trainings = Trainings.asked(args)
         names = {row: ":".join([row, *_changes(row, args.change)]) for row in args.models}
         found = trainings.run(list(names.values()))
     except HeadwaterError as error:

@@ -6,6 +6,7 @@ Each training is a file, and a run that was killed goes on when the same is type
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -14,11 +15,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.flags import flags
 from benchmarks.ours import Ours
 from benchmarks.results import PARTS, Result, Store, difference, interval_text, mean_ne
-from benchmarks.split import Split, base_rates, pins
+from benchmarks.split import Split, base_rates, newest_split, pins
+from feature_store import datasets
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
+from jobs.settings import Settings
 from jobs.training.checkpoints import replacing
 from jobs.training.plots import ne_differences
 from models.metrics import Interval
@@ -28,6 +32,14 @@ if TYPE_CHECKING:
 
 Results = Mapping[str, Sequence[Result]]
 Differences = Mapping[str, Mapping[str, Interval]]
+
+
+def training_flags(program: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser of what `Trainings.asked` reads."""
+    found = flags(program, doc)
+    found.add_argument("--first", help="day to train from; default: the first of the lake")
+    found.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
+    return found
 
 
 class Trainings:
@@ -57,6 +69,20 @@ class Trainings:
         self.store = Store(out / dataset.name)
         tasks = [task.name for task in dataset.tasks]
         self.base_rates = base_rates(lake, dataset, split.days("train"), tasks)
+
+    @classmethod
+    def asked(cls, args: argparse.Namespace) -> Trainings:
+        """Over the lake in HEADWATER_HOME, as a command line with the flags of `training_flags` says.
+
+        Raises:
+            HeadwaterError: the dataset is unknown, or the lake has too few days of it.
+        """
+        dataset = datasets.get(args.dataset)
+        lake = Lake(Settings.from_env().lake_root, dataset)
+        return cls(
+            lake, dataset, newest_split(lake, dataset, first=args.first), out=args.out,
+            seeds=map(int, args.seeds), share=args.share,
+        )  # fmt: skip
 
     def run(self, names: Sequence[str]) -> dict[str, list[Result]]:
         """By name as in `ours.py`, a result of each seed: what is done, is read.

@@ -51,7 +51,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=listed,
         help="default: --seeds; a single one stands against all of ours",
     )
-    cli.add_argument("--tasks", type=listed, default=[], help="default: all (FuxiCTR: the clicks)")
+    cli.add_argument("--tasks", type=listed, default=[], help="default: all")
+    cli.add_argument(
+        "--peer-tasks",
+        type=listed,
+        default=[],
+        help="of --tasks, that peers are trained for; default: all (FuxiCTR: the clicks)",
+    )
     cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
     cli.add_argument(
         "--tuning-share", type=float, default=0.25, help="of those, for trials of peers"
@@ -78,6 +84,8 @@ class Comparison:
         known = [t.name for t in dataset.tasks]
         self.tasks = args.tasks or known
         check_names("--tasks", self.tasks, known)
+        self.peer_tasks = args.peer_tasks or self.tasks
+        check_names("--peer-tasks", self.peer_tasks, self.tasks)
         check_names("--peers", args.peers, PEERS)
         for name in args.peers:
             if name in FUXICTR:
@@ -112,7 +120,7 @@ class Comparison:
         found = []
         for seed in map(int, self.args.peer_seeds or self.args.seeds):
             for peer in self.args.peers:
-                for task in self.tasks if peer == "lightgbm" else self._clicks():
+                for task in self.peer_tasks if peer == "lightgbm" else self._clicks():
                     found.append(self._peer(peer, task, seed))
         for seed in map(int, self.args.seeds):
             for model in self.args.models:
@@ -120,7 +128,7 @@ class Comparison:
         return found
 
     def _clicks(self) -> list[str]:
-        return [t for t in self.tasks if t in CLICKS]
+        return [t for t in self.peer_tasks if t in CLICKS]
 
     def _peer(self, name: str, task: str, seed: int) -> Result:
         about = self.about()

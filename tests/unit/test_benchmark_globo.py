@@ -278,6 +278,21 @@ def test_one_training_of_a_peer_stands_against_all_of_ours(lake, tmp_path, monke
     assert interval_text(found) in table.markdown(table.lines(results, ["lightgbm"], rates))
 
 
+def test_peers_may_be_trained_for_fewer_tasks_than_ours(lake, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(lightgbm_peer, "CHOICES", ())
+    flags = ("--tasks", "click,buy", "--peer-tasks", "click")
+    comparison = run(lake, tmp_path, *flags)
+    results = comparison.run()
+    assert [(r.model, r.tasks) for r in results] == [
+        ("lightgbm", ("click",)), ("sum", ("click", "buy"))
+    ]  # fmt: skip
+    lines = table.lines(results, ["lightgbm"], comparison.base_rates())
+    against = {(x.task, x.model): x.difference for x in lines}
+    assert against["buy", "sum"] == "" != against["click", "sum"]
+    with pytest.raises(SpecError, match="--peer-tasks: 'buy' is none of click"):
+        run(lake, tmp_path, "--tasks", "click", "--peer-tasks", "buy")
+
+
 def test_the_difference_is_to_the_peer_that_is_best_on_the_validation_day() -> None:
     label = [0, 1] * 20
 
