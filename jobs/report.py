@@ -67,7 +67,7 @@ def assemble(context: JobContext) -> dict[str, Any]:
         "sampled_tasks": [t.name for t in dataset.tasks if t.sampled],
         "first_day": days[0] if days else ds,
         "last_day": days[-1] if days else ds,
-        "engines": sorted({p["engine"] for p in built}),
+        "engines": engines(partitions),
         "code_versions": sorted({p["code_version"] for p in partitions}),
         "spec_hash": dataset.hash,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -79,6 +79,11 @@ def assemble(context: JobContext) -> dict[str, Any]:
         "stages": _stages(dataset, partitions),
         "ingest_notes": _sum_notes(ingested),
     }
+
+
+def engines(partitions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What computed the tables, by name; a run that goes on with another engine has two."""
+    return sorted({p["engine"] for p in partitions if p["table"] != "user_embeddings"})
 
 
 def _partitions(context: JobContext) -> list[dict[str, Any]]:
