@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.results import PARTS, Predictions, Result, interval_text, same_labels
-from feature_store.errors import DataError
+from benchmarks.results import PARTS, Result, difference, interval_text
 from jobs.training.downstream import REFERENCE
 from models.metrics import (
     Interval,
-    bootstrap_ne_differences,
     finite_or_none,
     normalized_entropy,
     shifted_normalized_entropy,
@@ -29,8 +27,8 @@ class Line:
     Args:
         ne: by part.
         shifted_ne: on the test days, after an intercept shift: a base rate that moved is taken out.
-        difference: NE on the test days less that of context and item, with its 95 % interval by a
-            paired bootstrap over users.
+        to_context, to_aggregates: NE on the test days less that of context and item, and of these with
+            the aggregates, with its 95 % interval by a paired bootstrap over users.
         recovered, shifted_recovered: the gain over context and item as a share of what the
             aggregates gain, by NE and by shifted NE; NaN where the aggregates gain nothing.
     """
@@ -41,7 +39,8 @@ class Line:
     seeds: int
     ne: dict[str, float]
     shifted_ne: float
-    difference: Interval
+    to_context: Interval
+    to_aggregates: Interval
     recovered: float
     shifted_recovered: float
 
@@ -102,7 +101,9 @@ def _of_task(task: str, arms: dict[str, list[Result]]) -> list[Line]:
     shifted = {
         arm: _mean(shifted_normalized_entropy, of, task, "test", rate) for arm, of in arms.items()
     }
-    differences = _differences(task, arms, rate)
+
+    def less(arm: str, other: str) -> Interval:
+        return difference(arms[arm], "test", arms[other], "test", {task: rate})
 
     def recovered(of: dict[str, float], arm: str) -> float:
         return share(of[CONTEXT] - of[arm], of[CONTEXT] - of[REFERENCE])
@@ -111,7 +112,8 @@ def _of_task(task: str, arms: dict[str, list[Result]]) -> list[Line]:
     return [
         Line(
             task=task, arm=arm, title=of[0].facts["title"], seeds=len(of), ne=ne[arm],
-            shifted_ne=shifted[arm], difference=differences[arm],
+            shifted_ne=shifted[arm],
+            to_context=less(arm, CONTEXT), to_aggregates=less(arm, REFERENCE),
             recovered=recovered(test, arm), shifted_recovered=recovered(shifted, arm),
         )
         for arm, of in arms.items()
@@ -123,35 +125,11 @@ def _mean(metric: Any, results: Sequence[Result], task: str, part: str, rate: fl
     return float(np.mean([metric(p.label, p.prediction, rate) for p in found]))
 
 
-def _differences(task: str, arms: dict[str, list[Result]], rate: float) -> dict[str, Interval]:
-    """Each arm less context and item. A user who is drawn is drawn with the rows of all seeds, so
-    that the difference is the mean over them."""
-    context = _seeds(arms[CONTEXT], task)
-    pairs = {}
-    for arm, results in arms.items():
-        mine = _seeds(results, task)
-        if not same_labels(mine, context):
-            raise DataError(
-                f"{task}: {arm} and {CONTEXT} were tested on different labels ({len(mine)} and "
-                f"{len(context)}): delete the older of the two results"
-            )
-        pairs[arm] = (mine.prediction, context.prediction)
-    return bootstrap_ne_differences(context.label, pairs, context.user_id, rate)
-
-
-def _seeds(results: Iterable[Result], task: str) -> Predictions:
-    """The test rows of every seed, one after the other."""
-    parts = [r.predictions.of(task, "test") for r in sorted(results, key=lambda r: r.seed)]
-    return Predictions(
-        **{k: np.concatenate([getattr(p, k) for p in parts]) for k in parts[0].__dict__}
-    )
-
-
 def lag_lines(found: Sequence[Line], lags: Sequence[Lag]) -> list[LagLine]:
     """One for each task and lag."""
     out = []
     for task in dict.fromkeys(line.task for line in found):
-        gains = {line.arm: _gain(line.difference) for line in found if line.task == task}
+        gains = {line.arm: _gain(line.to_context) for line in found if line.task == task}
         whole = {(lag.model, lag.age): gains[lag.arm].mean for lag in lags}
         for lag in lags:
             gain = gains[lag.arm]
@@ -187,14 +165,16 @@ def markdown(found: Sequence[Line], lags: Sequence[LagLine]) -> str:
     for task in dict.fromkeys(line.task for line in found):
         out += [
             f"\n### {task}\n",
-            "| arm | NE validation | NE test | to context and item, 95 % | recovered | NE test, shifted "
-            "| recovered, shifted | seeds |",
-            "|---|---|---|---|---|---|---|---|",
+            "| arm | NE validation | NE test | to context and item, 95 % | to + aggregates, 95 % "
+            "| recovered | NE test, shifted | recovered, shifted | seeds |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for x in (x for x in found if x.task == task and x.arm not in only_lags):
-            difference = "" if x.arm == CONTEXT else interval_text(x.difference)
+            to_context = "" if x.arm == CONTEXT else interval_text(x.to_context)
+            to_aggregates = "" if x.arm == REFERENCE else interval_text(x.to_aggregates)
             out.append(
-                f"| {x.title} | {x.ne['validation']:.4f} | {x.ne['test']:.4f} | {difference} | "
+                f"| {x.title} | {x.ne['validation']:.4f} | {x.ne['test']:.4f} | {to_context} | "
+                f"{to_aggregates} | "
                 f"{_percent(x.recovered)} | {x.shifted_ne:.4f} | {_percent(x.shifted_recovered)} | "
                 f"{x.seeds} |"
             )

@@ -322,11 +322,12 @@ def test_a_share_is_of_what_the_aggregates_gain_over_context_averaged_over_seeds
     for arm in much:
         assert lines[arm].ne["test"] == pytest.approx(ne[arm])
         assert lines[arm].recovered == pytest.approx((ne["context"] - ne[arm]) / gain)
-        assert lines[arm].difference.mean == pytest.approx(ne[arm] - ne["context"])
+        assert lines[arm].to_context.mean == pytest.approx(ne[arm] - ne["context"])
+        assert lines[arm].to_aggregates.mean == pytest.approx(ne[arm] - ne["aggregates"])
         assert lines[arm].seeds == 2
     assert lines["aggregates"].recovered == 1 and lines["context"].recovered == 0
     assert lines["flag"].recovered < 0 < lines["context_sum"].recovered < 1
-    found = lines["context_sum"].difference
+    found = lines["context_sum"].to_context
     assert found.low < found.mean < found.high < 0
 
 
