@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablations, paradigm
+from benchmarks import trainings as trained
 from benchmarks.ours import Ours
 from benchmarks.paradigm import QUESTIONS, ROWS, answers
 from benchmarks.results import Predictions, Result
@@ -150,8 +151,8 @@ def test_a_difference_is_of_the_first_row_less_the_second(lake, tmp_path) -> Non
 def test_the_paradigm_trains_every_row_and_keeps_its_table(
     lake, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(paradigm, "Lake", lambda *_: lake)
-    monkeypatch.setattr(paradigm.datasets, "get", lambda _: SPEC)
+    monkeypatch.setattr(trained, "Lake", lambda *_: lake)
+    monkeypatch.setattr(trained.datasets, "get", lambda _: SPEC)
     paradigm.main(["--dataset", "tiny", "--out", str(tmp_path), "--change", "queries=2"])
     (table,) = tmp_path.glob("*/paradigm.json")
     values = json.loads(table.read_text())
@@ -171,8 +172,8 @@ def test_the_paradigm_trains_every_row_and_keeps_its_table(
 
 
 def test_variants_are_compared_with_the_first(lake, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(ablations, "Lake", lambda *_: lake)
-    monkeypatch.setattr(ablations.datasets, "get", lambda _: SPEC)
+    monkeypatch.setattr(trained, "Lake", lambda *_: lake)
+    monkeypatch.setattr(trained.datasets, "get", lambda _: SPEC)
     stream, attribute = SPEC.streams[0].name, SPEC.event_attributes[0].name
     names = ["sequence", f"sequence:{stream}=0", f"sequence:without={attribute}", "sum"]
     ablations.main(["--dataset", "tiny", "--out", str(tmp_path), "--models", ",".join(names)])
