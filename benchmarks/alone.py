@@ -23,6 +23,7 @@ from feature_store.lake import Lake
 from feature_store.spec import Dataset, Task
 from feature_store.tables import NO_LABEL
 from jobs.settings import Settings
+from jobs.train_downstream import MIN_TRAIN_DAYS, TRAIN_DAYS
 from jobs.training.config import DownstreamTraining, to_plain
 from jobs.training.downstream import ArmConfig, Comparison, Loaded, load
 from jobs.training.ids import seed_of
@@ -65,7 +66,7 @@ def rounds(lake: Lake, dataset: Dataset, task: Task, embedded: Collection[str]) 
     Raises:
         DataError: there is none.
     """
-    labels, most = lake.partitions("labels"), budget(dataset)
+    labels = lake.partitions("labels")
     usable = {
         ds
         for ds in lake.partitions("examples")
@@ -73,14 +74,14 @@ def rounds(lake: Lake, dataset: Dataset, task: Task, embedded: Collection[str]) 
     }
     found = []
     for test in sorted(usable):
-        days = [shift(test, -i) for i in range(most.train_days, 0, -1)]
+        days = [shift(test, -i) for i in range(TRAIN_DAYS, 0, -1)]
         training = tuple(ds for ds in days if ds in usable)
-        if len(training) >= most.min_train_days and training[-1] == days[-1]:
+        if len(training) >= MIN_TRAIN_DAYS and training[-1] == days[-1]:
             found.append(Round(training=training, test=test))
     if not found:
         raise DataError(
             f"task {task.name} has {len(usable)} days with labels and embeddings of the day before: "
-            f"{most.min_train_days + 1} in a row are needed; build more days"
+            f"{MIN_TRAIN_DAYS + 1} in a row are needed; build more days"
         )
     return found[-ROUNDS:]
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jobs.training.loop import Scored
 
 RESULT, PREDICTIONS = "result.json", "predictions.parquet"
+TRAIN_DAYS, MIN_TRAIN_DAYS = 5, 3  # most, and fewest, days trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +36,10 @@ class Days:
     training: tuple[str, ...]
 
 
-def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str, most: int) -> Days:
+def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str) -> Days:
     """Which days have labels, examples, and every model's embeddings of the day before.
 
-    The newest matured day is `ds` less the task's days until its labels are final; `most` days before it
-    are trained on.
+    The newest matured day is `ds` less the task's days until its labels are final.
     """
     labels, examples = lake.partitions("labels"), lake.partitions("examples")
     published = [lake.partitions("user_embeddings", m) for m in dataset.models]
@@ -52,7 +52,7 @@ def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str, most: int) ->
         )
 
     test = shift(ds, -task.matures_after)
-    training = [shift(test, -i) for i in range(most, 0, -1)]
+    training = [shift(test, -i) for i in range(TRAIN_DAYS, 0, -1)]
     return Days(
         test=test if usable(test) else None, training=tuple(d for d in training if usable(d))
     )
@@ -60,19 +60,17 @@ def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str, most: int) ->
 
 def run(context: JobContext) -> None:
     """Compare the arms of `context.task` on the newest day that matured by `context.ds`."""
-    from jobs.training.presets import downstream_training
-
-    task, config = context.require_task(), downstream_training(context.dataset)
-    days = choose_days(context.lake, context.dataset, task, context.ds, config.train_days)
-    if days.test is None or len(days.training) < config.min_train_days:
+    task = context.require_task()
+    days = choose_days(context.lake, context.dataset, task, context.ds)
+    if days.test is None or len(days.training) < MIN_TRAIN_DAYS:
         print(
             f"{task.name} {context.ds}: not enough days yet with labels and embeddings (needs a test "
-            f"day and {config.min_train_days} before it, has {'a' if days.test else 'no'} test day and "
+            f"day and {MIN_TRAIN_DAYS} before it, has {'a' if days.test else 'no'} test day and "
             f"{len(days.training)})",
             flush=True,
         )
         return
-    result = compare(context, task, days.test, days.training, config)
+    result = compare(context, task, days.test, days.training)
     if result is None:
         print(f"{task.name} {context.ds}: no label to train or to test on", flush=True)
         return
@@ -88,19 +86,17 @@ def _text(value: float | None) -> str:
 
 
 def compare(
-    context: JobContext,
-    task: Task,
-    test_day: str,
-    train_days: tuple[str, ...],
-    config: DownstreamTraining,
+    context: JobContext, task: Task, test_day: str, train_days: tuple[str, ...]
 ) -> dict[str, Any] | None:
     """Train and test every arm, write the result, log it. None where there are no labels."""
     from jobs.training.checkpoints import write_atomically
     from jobs.training.config import to_plain
     from jobs.training.downstream import Comparison, arms
     from jobs.training.ids import seed_of
+    from jobs.training.presets import downstream_training
 
     dataset = context.dataset
+    config = downstream_training(dataset)
     inputs: dict[str, int] = {}
     snapshots: dict[str, dict[str, str]] = {}
     training, train_share = _load(context, task, train_days, config, inputs, snapshots, test=False)

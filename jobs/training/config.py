@@ -98,7 +98,6 @@ class DownstreamTraining:
     """The budget of every arm of a downstream comparison.
 
     Args:
-        train_days, min_train_days: most, and fewest, days trained on.
         max_train_targets, max_test_targets: above them a share of the users is taken.
         epochs: passes. One where single ids have embeddings, as upstream.
         batch_targets: targets of a batch. Small: a model that has taken too few steps tells nothing
@@ -111,8 +110,6 @@ class DownstreamTraining:
         tables: dimension and sizes of the embedding tables.
     """
 
-    train_days: int = 5
-    min_train_days: int = 3
     max_train_targets: int = 80_000
     max_test_targets: int = 30_000
     epochs: int = 1
