@@ -21,7 +21,7 @@ from feature_store.errors import DataError
 from feature_store.spec import Dataset
 from jobs.training.checkpoints import replacing, write_atomically
 from jobs.training.loop import Scored
-from models.metrics import Interval, entropy, normalized_entropy, row_logloss
+from models.metrics import Interval, bootstrap_means, entropy, normalized_entropy, row_logloss
 
 PARTS = ("validation", "test")
 
@@ -194,11 +194,7 @@ def mean_ne_difference(pairs: Sequence[Pair], *, samples: int = 1000, seed: int 
     n = len(users)
     sums = np.stack([np.bincount(u, x, minlength=n) for u, x in zip(of, lost, strict=True)], axis=1)
     rows = np.stack([np.bincount(u, minlength=n) for u in of], axis=1).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    draws = np.empty(samples)
-    for i in range(samples):
-        weight = np.bincount(rng.integers(n, size=n), minlength=n)
-        draws[i] = ((weight @ sums) / (weight @ rows)).mean()
+    draws = bootstrap_means(sums, rows, samples=samples, seed=seed).mean(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(
         mean=float((sums.sum(0) / rows.sum(0)).mean()), low=float(low), high=float(high)

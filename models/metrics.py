@@ -188,6 +188,24 @@ class Interval:
     high: float
 
 
+def bootstrap_means(sums: np.ndarray, rows: np.ndarray, *, samples: int, seed: int) -> np.ndarray:
+    """Means over rows, where users are drawn with replacement, each with all of its rows.
+
+    Args:
+        sums: (users, k) float64, of k quantities over a user's rows.
+        rows: (users, k) or (users, 1) float64, how many these are.
+
+    Returns:
+        (samples, k) float64.
+    """
+    rng, users = np.random.default_rng(seed), len(rows)
+    draws = np.empty((samples, sums.shape[1]))
+    for i in range(samples):
+        weight = np.bincount(rng.integers(users, size=users), minlength=users)
+        draws[i] = (weight @ sums) / (weight @ rows)
+    return draws
+
+
 def bootstrap_ne_differences(
     labels: ArrayLike,
     pairs: Mapping[Name, tuple[ArrayLike, ArrayLike]],
@@ -222,11 +240,7 @@ def bootstrap_ne_differences(
     _, user = np.unique(np.asarray(users), return_inverse=True)
     rows = np.bincount(user).astype(np.float64)
     sums = np.stack([np.bincount(user, weights=d) for d in usable.values()], axis=1)
-    rng = np.random.default_rng(seed)
-    draws = np.empty((samples, len(usable)))
-    for i in range(samples):
-        weight = np.bincount(rng.integers(len(rows), size=len(rows)), minlength=len(rows))
-        draws[i] = (weight @ sums) / (weight @ rows) / h
+    draws = bootstrap_means(sums, rows[:, None], samples=samples, seed=seed) / h
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
     for i, (name, difference) in enumerate(usable.items()):
