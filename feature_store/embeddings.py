@@ -115,7 +115,7 @@ class UserEmbeddings:
         if isinstance(at, pa.ChunkedArray):
             at = at.combine_chunks()
         present = at.is_valid().to_numpy(zero_copy_only=False)
-        found = np.zeros((len(present), *self.values.shape[1:]), dtype=_HALF)
+        found = np.zeros((len(present), *self.values.shape[1:]), dtype=self.values.dtype)
         found[present] = self.values[at.drop_null().to_numpy()]
         return found, present
 

@@ -7,7 +7,7 @@ partition and in MLflow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from feature_store.embeddings import UserEmbeddings
     from feature_store.lake import Lake
     from jobs.training.checkpoints import Snapshot
+    from jobs.training.loop import Learner
     from jobs.training.presets import Preset
 
 POOLED_DAYS = 3  # ds, ds - 1 and ds - 2
@@ -146,22 +147,13 @@ def embed(
     import pyarrow as pa
     import torch
 
-    from jobs.training.loader import user_batches
     from jobs.training.loop import Learner, choose_device
 
-    dataset, limits = context.dataset, preset.training.inference
     torch.set_num_threads(preset.training.threads)
-    learner = Learner(dataset, preset, choose_device())
+    learner = Learner(context.dataset, preset, choose_device())
     learner.load(checkpoints.load(champion.id))
-    cutoff = end_us(context.ds, dataset.utc_offset) - micros(dataset.serve_delay)
     ids, values = [], []
-    for user_ids, batch in user_batches(
-        dataset, users.batches(context.lake, preset), limits=limits, cutoff=cutoff
-    ):
-        found = learner.user_embeddings(batch, cutoff).numpy()
-        if preset.history:  # who has no event before the cutoff is not in the window yet
-            some = batch.event_offsets.diff().numpy() > 0
-            found, user_ids = found[some], user_ids.filter(pa.array(some))
+    for user_ids, found in embedded(learner, context.ds, users.batches(context.lake, preset)):
         with np.errstate(over="ignore"):
             values.append(found.astype(np.float16))
         ids.append(user_ids)
@@ -170,6 +162,25 @@ def embed(
     joined = pa.concat_arrays(ids)
     order = pa.compute.sort_indices(joined)
     return joined.take(order), np.concatenate(values)[order.to_numpy()]
+
+
+def embedded(
+    learner: Learner, ds: str, users: Iterable[pa.RecordBatch]
+) -> Iterator[tuple[pa.Array, np.ndarray]]:
+    """User ids, as stored, and embeddings (n, K, D) float32 at the end of `ds` less `serve_delay`, a batch
+    of `users` after the other: rows of the table that the learner's preset publishes from."""
+    import pyarrow as pa
+
+    from jobs.training.loader import user_batches
+
+    dataset, preset = learner.dataset, learner.preset
+    cutoff = end_us(ds, dataset.utc_offset) - micros(dataset.serve_delay)
+    for ids, batch in user_batches(dataset, users, limits=preset.training.inference, cutoff=cutoff):
+        found = learner.user_embeddings(batch, cutoff).numpy()
+        if preset.history:  # who has no event before the cutoff is not in the window yet
+            some = batch.event_offsets.diff().numpy() > 0
+            found, ids = found[some], ids.filter(pa.array(some))
+        yield ids, found
 
 
 def statistics(

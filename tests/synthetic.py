@@ -298,7 +298,7 @@ class MemoryLake:
         return {f"{table}/{d}": 1 for d in days if self.rows[table][d] is not None}
 
     def partitions(self, table: str, model: str = "") -> dict[str, SimpleNamespace]:
-        return {d: SimpleNamespace(version=1) for d in self.rows[table]}
+        return {d: SimpleNamespace(version=1, notes={}) for d in self.rows[table]}
 
     def read(self, table, *, days, columns=None, version=None, model=None) -> pa.Table:
         nothing = contract(self.dataset, table).schema.empty_table()

@@ -17,7 +17,8 @@ Each arm and seed is a file under --out and is not trained again. Arms, beside c
 
 NE: mean log loss over the entropy of the base rate of the training days. Recovered: the gain of an
 arm over context and item, as a share of what the aggregates gain. The second table is about lags, in
-training and test alike: raw embeddings of 1, 2 and 3 days before, and of models that read events
+training and test alike: raw embeddings of 1, 2 and 3 days before, that of 1 day also as it was before it
+was rounded to the float16 that is published; and of models that read events
 those that the snapshot of the day before makes on the fly, of what was available 0 and 1 hours before.
 """
 
@@ -37,7 +38,17 @@ from benchmarks.alone import budget as budget_of
 from benchmarks.flags import check_names, flags, listed
 from benchmarks.globo import transfer_table as table
 from benchmarks.globo.data import SPLIT as WHOLE
-from benchmarks.globo.user_sources import Flag, Fresh, RandomSum, Reader, Source, Stored, by_moment
+from benchmarks.globo.user_sources import (
+    Flag,
+    Fresh,
+    RandomSum,
+    Reader,
+    Snapshots,
+    Source,
+    Stored,
+    Unrounded,
+    by_moment,
+)
 from benchmarks.results import (
     PARTS,
     Predictions,
@@ -189,8 +200,12 @@ class Transfer:
             for m in args.models
             for days in LAGS_DAYS
         ]
+        snapshots = {
+            m: Snapshots(dataset=dataset, settings=settings, model=m) for m in args.models
+        }
+        unrounded = [Unrounded(lake=lake, snapshots=s, users=users) for s in snapshots.values()]
         fresh = [
-            Fresh(lake=lake, dataset=dataset, settings=settings, model=m, lag_hours=hours)
+            Fresh(snapshots=snapshots[m], lag_hours=hours)
             for m in self.reading_events
             for hours in LAGS_HOURS
         ]
@@ -198,13 +213,14 @@ class Transfer:
             lake=lake, dataset=dataset, users=users, first_day=shift(split.train[0], -POOLED_DAYS)
         )
         flag = Flag(source=served[0])
-        sources: list[Source] = [*served, *raw, *fresh, random, flag]
+        sources: list[Source] = [*served, *raw, *unrounded, *fresh, random, flag]
         self.sources = {source.name: source for source in sources}
         titles = {
             flag.name: "context and item + whether there is a history",
             random.name: "context and item + untrained SUM",
             **{s.name: f"{s.model}, {s.lag_days} d" for s in raw},
-            **{s.name: f"{s.model}, {s.lag_hours} h" for s in fresh},
+            **{s.name: f"{s.snapshots.model}, 1 d, float32" for s in unrounded},
+            **{s.name: f"{s.snapshots.model}, {s.lag_hours} h" for s in fresh},
         }
         alone = [
             ArmConfig(name=name, title=title, user_features=False, sources=(name,))
@@ -221,6 +237,7 @@ class Transfer:
             fresh = LAGS_HOURS if model in self.reading_events else ()
             found += [table.Lag(model, f"{h} h", f"{model}_{h}h") for h in fresh]
             found += [table.Lag(model, f"{d} d", f"{model}_raw_{d}d") for d in LAGS_DAYS]
+            found.append(table.Lag(model, "1 d, float32", f"{model}_float32"))
             found.append(table.Lag(model, "1 d, pooled as served", f"context_{model}"))
         return found
 

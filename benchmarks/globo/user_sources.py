@@ -5,6 +5,8 @@
                  there is one?
     RandomSum    what a SUM with its first weights would have published: is it the training, or the
                  features?
+    Unrounded    what a model published the day before, but not rounded to float16: what do half the bytes
+                 cost?
     Fresh        what the day before's snapshot makes of the events that were available some hours
                  before the target: what does waiting for the night cost?
 
@@ -32,7 +34,7 @@ from feature_store.embeddings import EmbeddingKind, UserEmbeddings, pooled, read
 from feature_store.errors import SpecError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
-from jobs.publish_embeddings import POOLED_DAYS, UserRows
+from jobs.publish_embeddings import POOLED_DAYS, UserRows, embedded
 from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.config import to_plain
@@ -193,22 +195,79 @@ class RandomSum:
     def _raw(self, ds: str) -> UserEmbeddings:
         """Of those of `users` who have aggregates of `ds`."""
         if ds not in self._made:
-            rows = UserRows.of(self.lake, self._preset, ds).batches(self.lake, self._preset)
-            mine = (
-                b.filter(pa.array(np.isin(int64_ids(b.column("user_id")), self.users)))
-                for b in rows
-            )
-            made = [
-                (int64_ids(ids), self._learner.user_embeddings(batch).numpy())
-                for ids, batch in user_batches(self.dataset, mine)
-            ]
-            ids, values = zip(*made, strict=True)
-            self._made[ds] = UserEmbeddings(
-                model=self.name, ds=ds, kind=EmbeddingKind.RAW, snapshot="first weights",
-                ids=pa.array(np.concatenate(ids)),
-                values=np.concatenate(values).astype(np.float16),
-            )  # fmt: skip
+            found = made(self._learner, self.lake, ds, self.users)
+            self._made[ds] = replace(found, values=found.values.astype(np.float16))
         return self._made[ds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshots:
+    """The champions of a model, by the day that they were trained on."""
+
+    dataset: Dataset
+    settings: Settings
+    model: str
+
+    @property
+    def preset(self) -> Preset:
+        """The model's."""
+        return preset(self.dataset, self.model)
+
+    def pins(self, days: Sequence[str]) -> dict[str, str]:
+        """Their ids by day.
+
+        Raises:
+            HeadwaterError: a day has none.
+        """
+        return {ds: self._checkpoints.require_champion(ds).id for ds in days}
+
+    def learner(self, ds: str) -> Learner:
+        """That of `ds`; it is the same object for every day."""
+        champion = self._checkpoints.require_champion(ds)
+        self._learner.load(self._checkpoints.load(champion.id))
+        return self._learner
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        home = self.settings.snapshot_dir(self.dataset.name, self.model, self.dataset.first_day)
+        return Checkpoints(home.parent)
+
+    @cached_property
+    def _learner(self) -> Learner:
+        return Learner(self.dataset, self.preset, choose_device())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrounded:
+    """What a model published the day before its target's, raw, in float32: made again by its snapshot."""
+
+    lake: Lake
+    snapshots: Snapshots
+    users: np.ndarray = field(repr=False)
+    per_moment = False
+
+    @property
+    def name(self) -> str:
+        """The model's and the type."""
+        return f"{self.snapshots.model}_float32"
+
+    def pins(self, days: Sequence[str]) -> dict[str, Any]:
+        """Snapshots by day, and versions of the partitions."""
+        before = [shift(ds, -1) for ds in days]
+        rows = [UserRows.of(self.lake, self.snapshots.preset, ds).inputs for ds in before]
+        return {**self.snapshots.pins(before), **{k: v for of in rows for k, v in of.items()}}
+
+    def of(self, ds: str, items: Sequence[Loaded]) -> list[Published]:
+        """(R, K, D) each."""
+        before = shift(ds, -1)
+        if before not in self._made:
+            learner = self.snapshots.learner(before)
+            self._made[before] = made(learner, self.lake, before, self.users)
+        return looked_up(self._made[before], items)
+
+    @cached_property
+    def _made(self) -> dict[str, UserEmbeddings]:
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,53 +279,53 @@ class Fresh:
         SpecError: the model does not read events.
     """
 
-    lake: Lake
-    dataset: Dataset
-    settings: Settings
-    model: str
+    snapshots: Snapshots
     lag_hours: int
     per_moment = True
 
     def __post_init__(self) -> None:
-        if not preset(self.dataset, self.model).history:
-            raise SpecError(f"Fresh.model is {self.model!r}, which reads no events: name another")
+        if not self.snapshots.preset.history:
+            raise SpecError(
+                f"Fresh.snapshots are of {self.snapshots.model!r}, which reads no events: name another"
+            )
 
     @property
     def name(self) -> str:
         """The model's and the hours."""
-        return f"{self.model}_{self.lag_hours}h"
+        return f"{self.snapshots.model}_{self.lag_hours}h"
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Snapshots by day."""
-        before = [shift(ds, -1) for ds in days]
-        return {d: self._checkpoints.require_champion(d).id for d in before}
+        return self.snapshots.pins([shift(ds, -1) for ds in days])
 
     def of(self, ds: str, items: Sequence[Loaded]) -> list[Published]:
         """(M, K, D) each, of batches of M moments."""
-        champion = self._checkpoints.require_champion(shift(ds, -1))
-        self._learner.load(self._checkpoints.load(champion.id))
-        return [self._published(item) for item in items]
-
-    @property
-    def _checkpoints(self) -> Checkpoints:
-        home = self.settings.snapshot_dir(self.dataset.name, self.model, self.dataset.first_day)
-        return Checkpoints(home.parent)
-
-    @cached_property
-    def _learner(self) -> Learner:
-        return Learner(self.dataset, preset(self.dataset, self.model), choose_device())
+        learner = self.snapshots.learner(shift(ds, -1))
+        return [self._published(learner, item) for item in items]
 
     @torch.no_grad()
-    def _published(self, item: Loaded) -> Published:
+    def _published(self, learner: Learner, item: Loaded) -> Published:
         # what is known of pairs of items is read by no user embedding, and costs the most
         batch = replace(item.rows, together=None).batch(item.lo, item.hi)
         row, as_of, _ = moments(batch)
         at = as_of - self.lag_hours * HOUR_US
-        seen = available_before(batch, row, at).to(self._learner.device)
+        seen = available_before(batch, row, at).to(learner.device)
         end = seen.event_offsets.diff()
-        model = self._learner.model.eval()
+        model = learner.model.eval()
         values = model.user_embeddings(seen, end, at.to(end.device)).cpu()
         return Published(values.half().float(), end.cpu() > 0)  # without events none is published
+
+
+def made(learner: Learner, lake: Lake, ds: str, users: np.ndarray) -> UserEmbeddings:
+    """What the learner makes of those of `users` who have a row at the end of `ds`, by int64 id, raw and
+    in float32."""
+    rows = UserRows.of(lake, learner.preset, ds).batches(lake, learner.preset)
+    mine = (b.filter(pa.array(np.isin(int64_ids(b.column("user_id")), users))) for b in rows)
+    ids, values = zip(*embedded(learner, ds, mine), strict=True)
+    return UserEmbeddings(
+        model="", ds=ds, kind=EmbeddingKind.RAW, snapshot="",
+        ids=pa.array(np.concatenate([int64_ids(x) for x in ids])), values=np.concatenate(values),
+    )  # fmt: skip
 
 
 def looked_up(found: UserEmbeddings, items: Sequence[Loaded]) -> list[Published]:

@@ -297,7 +297,7 @@ def cuts(rows: Rows, limits: Limits) -> list[tuple[int, int]]:
 
 def user_batches(
     dataset: Dataset,
-    batches: Iterator[pa.RecordBatch],
+    batches: Iterable[pa.RecordBatch],
     *,
     limits: Limits | None = None,
     cutoff: int | None = None,

@@ -18,7 +18,9 @@ from benchmarks.globo.user_sources import (
     Fresh,
     RandomSum,
     Reader,
+    Snapshots,
     Stored,
+    Unrounded,
     available_before,
     by_moment,
     moments,
@@ -28,6 +30,7 @@ from benchmarks.split import Split
 from feature_store.days import HOUR_US, shift
 from feature_store.embeddings import EmbeddingKind, published_rows
 from feature_store.errors import DataError, HeadwaterError, MissingPartitionError, SpecError
+from jobs.publish_embeddings import UserRows, embedded
 from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints, Snapshot
 from jobs.training.config import DownstreamTraining
@@ -98,22 +101,23 @@ def lake() -> PublishedLake:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> Settings:
-    """Snapshots of `sequence` with weights of their own for each day."""
+    """Snapshots of both models with weights of their own for each day."""
     found = Settings.from_env({"HEADWATER_HOME": str(tmp_path_factory.mktemp("home"))})
-    checkpoints = Checkpoints(found.snapshot_dir(SPEC.name, "sequence", FIRST_DAY).parent)
-    for i, ds in enumerate(DAYS):
-        snapshot = Snapshot(
-            id=f"sequence-{ds}", model="sequence", ds=ds, parent=None, run_hash="", state_hash="",
-            config={}, spec_hash="", inputs={}, label_counts={}, steps=1,
-        )  # fmt: skip
-        checkpoints.save(snapshot, learner_of(i).state())
-        checkpoints.set_champion(ds, snapshot.id)
+    for model in ("sum", "sequence"):
+        checkpoints = Checkpoints(found.snapshot_dir(SPEC.name, model, FIRST_DAY).parent)
+        for i, ds in enumerate(DAYS):
+            snapshot = Snapshot(
+                id=f"{model}-{ds}", model=model, ds=ds, parent=None, run_hash="", state_hash="",
+                config={}, spec_hash="", inputs={}, label_counts={}, steps=1,
+            )  # fmt: skip
+            checkpoints.save(snapshot, learner_of(i, model).state())
+            checkpoints.set_champion(ds, snapshot.id)
     return found
 
 
-def learner_of(day: int) -> Learner:
+def learner_of(day: int, model: str = "sequence") -> Learner:
     torch.manual_seed(day)
-    return Learner(SPEC, preset(SPEC, "sequence"), torch.device("cpu"))
+    return Learner(SPEC, preset(SPEC, model), torch.device("cpu"))
 
 
 def shown(lake: MemoryLake, ds: str, max_targets: int = 64) -> list:
@@ -188,6 +192,33 @@ def test_an_untrained_sum_publishes_the_mean_of_three_days_of_aggregates(lake) -
     assert set(source.pins([DAYS[4]])) == {"model", *(f"aggregates/{d}" for d in DAYS[1:4])}
 
 
+@pytest.mark.parametrize("model", ["sum", "sequence"])
+def test_an_unrounded_embedding_is_of_the_day_before_and_rounds_to_what_is_published(
+    lake, settings, model: str
+) -> None:
+    users = shown_users(lake, DAYS)
+    source = Unrounded(lake=lake, snapshots=snapshots(settings, model), users=users[1:])
+    items = shown(lake, DAYS[4])
+    learner = learner_of(3, model)
+    rows = UserRows.of(lake, learner.preset, DAYS[3])
+    of_user = {}
+    for ids, values in embedded(learner, DAYS[3], rows.batches(lake, learner.preset)):
+        of_user |= dict(zip(ids.to_pylist(), torch.from_numpy(values), strict=True))
+    some, rounded = 0, 0
+    for item, found in zip(items, source.of(DAYS[4], items), strict=True):
+        for user, value, there in zip(
+            item.batch.user_id.tolist(), found.values, found.present.tolist(), strict=True
+        ):
+            assert there == (user in of_user and user != users[0])
+            if there:
+                torch.testing.assert_close(value, of_user[user], atol=1e-6, rtol=1e-5)
+                some, rounded = some + 1, rounded + (value != value.half().float()).sum().item()
+    assert some > 6 and rounded > 64
+    pins = source.pins(DAYS[3:5])
+    assert pins.items() >= {d: f"{model}-{d}" for d in DAYS[2:4]}.items()
+    assert pins.items() >= rows.inputs.items()
+
+
 # ---- embeddings of the moment
 
 
@@ -224,7 +255,7 @@ def test_at_no_lag_a_moment_sees_exactly_the_events_that_its_targets_may_see(lak
 def test_a_fresh_embedding_ignores_later_events_and_reads_earlier_ones(
     lake, settings, hours: int
 ) -> None:
-    source = fresh(lake, settings, hours)
+    source = fresh(settings, hours)
     item, batch = whole(lake, DAYS[4])
     row, as_of, _ = moments(batch)
     (clean,) = source.of(DAYS[4], [item])
@@ -247,14 +278,18 @@ def test_a_fresh_embedding_ignores_later_events_and_reads_earlier_ones(
     assert changed > 3
 
 
-def fresh(lake, settings, hours: int) -> Fresh:
-    return Fresh(lake=lake, dataset=SPEC, settings=settings, model="sequence", lag_hours=hours)
+def fresh(settings, hours: int) -> Fresh:
+    return Fresh(snapshots=snapshots(settings, "sequence"), lag_hours=hours)
+
+
+def snapshots(settings: Settings, model: str) -> Snapshots:
+    return Snapshots(dataset=SPEC, settings=settings, model=model)
 
 
 @pytest.mark.parametrize("hours", [0, 1])
 def test_a_fresh_embedding_is_by_the_snapshot_of_the_day_before(lake, settings, hours) -> None:
     item, batch = whole(lake, DAYS[4])
-    (found,) = fresh(lake, settings, hours).of(DAYS[4], [item])
+    (found,) = fresh(settings, hours).of(DAYS[4], [item])
     row, as_of, _ = moments(batch)
     at = as_of - hours * HOUR_US
     seen = available_before(batch, row, at)
@@ -265,7 +300,7 @@ def test_a_fresh_embedding_is_by_the_snapshot_of_the_day_before(lake, settings, 
     torch.testing.assert_close(found.values, wanted[3], atol=2e-3, rtol=0)
     assert not torch.allclose(found.values, wanted[4], atol=2e-2)
     assert torch.equal(found.present, end > 0)
-    pins = fresh(lake, settings, hours).pins(DAYS[3:5])
+    pins = fresh(settings, hours).pins(DAYS[3:5])
     assert pins == {d: f"sequence-{d}" for d in DAYS[2:4]}
 
 
@@ -281,7 +316,7 @@ def test_rows_by_moment_change_no_logit_of_a_model_that_reads_no_user(lake) -> N
 
 def test_a_model_that_reads_no_events_has_no_fresh_embeddings(lake, settings) -> None:
     with pytest.raises(SpecError, match="reads no events"):
-        Fresh(lake=lake, dataset=SPEC, settings=settings, model="sum", lag_hours=0)
+        Fresh(snapshots=snapshots(settings, "sum"), lag_hours=0)
 
 
 # ---- the table
@@ -395,14 +430,14 @@ def test_a_run_has_every_arm_once_and_goes_on_where_it_was(
         "context", "flag", "random_sum", "aggregates",
         *(f"{kind}_{model}" for kind in ("context", "aggregates") for model in ("sum", "sequence")),
         *(f"{model}_raw_{days}d" for model in ("sum", "sequence") for days in (1, 2, 3)),
-        "sequence_0h", "sequence_1h",
+        "sequence_0h", "sequence_1h", "sum_float32", "sequence_float32",
     }  # fmt: skip
     folder = tmp_path / "transfer"
     assert {p.name for p in folder.glob("*-click-0.json")} == {f"{n}-click-0.json" for n in names}
     found = json.loads((folder / "table.json").read_text())
     assert {line["arm"] for line in found["arms"]} == names
     ages = [line["age"] for line in found["lags"] if line["model"] == "sequence"]
-    assert ages == ["0 h", "1 h", "1 d", "2 d", "3 d", "1 d, pooled as served"]
+    assert ages == [*("0 h", "1 h", "1 d", "2 d", "3 d"), "1 d, float32", "1 d, pooled as served"]
     assert (folder / "table.md").read_text() in capsys.readouterr().out
 
     trained = []
@@ -448,7 +483,7 @@ def test_what_is_missing_is_said_before_anything_is_trained(
     with pytest.raises(MissingPartitionError, match=f"sum lacks {DAYS[2]}"):
         run(PublishedLake(lake.rows, less), settings, tmp_path)
     nowhere = Settings.from_env({"HEADWATER_HOME": str(tmp_path)})
-    with pytest.raises(HeadwaterError, match="champion of sequence"):
+    with pytest.raises(HeadwaterError, match="champion of sum"):
         run(lake, nowhere, tmp_path)
     for flags, says in ((["--tasks", "x"], "--tasks"), (["--models", ""], "--models")):
         with pytest.raises(SpecError, match=says):
