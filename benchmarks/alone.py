@@ -7,18 +7,21 @@ is tested on the day after them. Training leaves the held-out users out, as the 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks.progressive import Progressive
-from benchmarks.results import Predictions, Result, Store
+from benchmarks.progressive import Progressive, progressive_ne, published
+from benchmarks.results import Predictions, Result, Store, joined, of_scored
+from feature_store import datasets
 from feature_store.days import shift
-from feature_store.embeddings import UserEmbeddings
-from feature_store.errors import DataError
+from feature_store.embeddings import EmbeddingKind, UserEmbeddings
+from feature_store.errors import DataError, HeadwaterError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset, Task
 from feature_store.tables import NO_LABEL
@@ -34,7 +37,10 @@ from jobs.training.rows import Rows
 
 ROUNDS = 4  # newest ones
 ALL_TASKS = "mean over the tasks"
+CONTEXT = "context"  # and item: the downstream model without any embeddings
 _SOURCE = "upstream"
+
+Part = Callable[[Sequence[Rows]], Sequence[Rows]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +158,72 @@ def label_counts(dataset: Dataset, task: Task, rows: Mapping[str, Sequence[Rows]
     index = [t.name for t in dataset.tasks].index(task.name)
     labels = np.concatenate([r.labels[:, index] for of_day in rows.values() for r in of_day])
     return np.array([(labels == 1).sum(), (labels != NO_LABEL).sum()])
+
+
+def measure(
+    progressive: Progressive, *, seed: int, parts: Mapping[str, Part], embeddings: bool
+) -> tuple[Predictions, dict[str, Any]]:
+    """Train upstream; and downstream, in each part on its own, with the pooled embeddings.
+
+    Args:
+        parts: by name, what of some rows is in it. Where a task has labels of one kind only there, it
+            is left out.
+        embeddings: whether the downstream model reads any; if not, nothing is trained upstream.
+
+    Returns:
+        Predictions by part; and facts: base_rates by part and task, upstream_ne by task, seconds.
+    """
+    began = time.monotonic()
+    dataset, lake = progressive.dataset, progressive.lake
+    days = progressive.run() if embeddings else {}
+    found: list[Predictions] = []
+    counts: dict[str, dict[str, np.ndarray]] = {}
+    tested = set()
+
+    def batches(rows: Sequence[Rows], ds: str) -> list[Loaded]:
+        before = published(days, shift(ds, -1), EmbeddingKind.POOLED) if embeddings else None
+        return with_embeddings(dataset, rows, before)
+
+    for task in dataset.tasks:
+        for each in rounds(lake, dataset, task, progressive.days):
+            tested.add(each.test)
+            rows = decode(lake, dataset, task, each)
+            for name, part in parts.items():
+                mine = {ds: part(of) for ds, of in rows.training.items()}
+                seen = label_counts(dataset, task, mine)
+                if not 0 < seen[0] < seen[1]:
+                    continue
+                of_part = counts.setdefault(name, {})
+                of_part[task.name] = of_part.get(task.name, 0) + seen
+                training = [item for ds, of in mine.items() for item in batches(of, ds)]
+                predict = fit(dataset, task, training, seed=seed)
+                found.append(of_scored(dataset, name, predict(batches(part(rows.test), each.test))))
+    rates = {
+        name: {task: float(seen[0] / seen[1]) for task, seen in of.items()}
+        for name, of in counts.items()
+    }
+    return joined(found), {
+        "base_rates": rates,
+        "upstream_ne": progressive_ne(days, sorted(tested)),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def report(
+    name: str,
+    args: argparse.Namespace,
+    find: Callable[[Program], list[Any]],
+    markdown: Callable[[list[Any]], str],
+) -> None:
+    """Run the program `name` over the lake in HEADWATER_HOME, print and keep the tables of what it
+    finds (dataclasses), `table.md` and `table.json`; bad input is one line and exit status 2."""
+    try:
+        program = Program(name, Settings.from_env(), datasets.get(args.dataset), args)
+        found = find(program)
+    except HeadwaterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    program.store.write_table(markdown(found), [asdict(x) for x in found])
 
 
 class Program:

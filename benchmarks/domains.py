@@ -13,43 +13,18 @@ Reads the lake in HEADWATER_HOME; everything is kept under --out, and a run that
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from benchmarks.alone import (
-    ALL_TASKS,
-    Program,
-    decode,
-    fit,
-    label_counts,
-    rounds,
-    with_embeddings,
-)
+from benchmarks.alone import ALL_TASKS, CONTEXT, Program, measure, report
 from benchmarks.flags import flags
-from benchmarks.progressive import Progressive, published
-from benchmarks.results import (
-    Predictions,
-    Result,
-    difference,
-    interval_text,
-    joined,
-    mean_ne,
-    of_scored,
-)
-from feature_store import datasets
-from feature_store.days import shift
-from feature_store.embeddings import EmbeddingKind
-from feature_store.errors import HeadwaterError, SpecError
+from benchmarks.results import Result, difference, interval_text, mean_ne
+from feature_store.errors import SpecError
 from feature_store.spec import Dataset
 from feature_store.tables import NO_LABEL
-from jobs.settings import Settings
-from jobs.training.downstream import Loaded
 from jobs.training.loop import domain_id
 from jobs.training.presets import preset
 from jobs.training.rows import Rows
@@ -60,7 +35,6 @@ OF_ONE_DOMAIN = {
     "simulated": ("sum_surface_0", "sum_surface_1"),
     "globo": ("sum_device_1", "sum_device_3"),
 }
-CONTEXT = "context"
 
 
 def domains(dataset: Dataset) -> dict[str, int]:
@@ -78,7 +52,7 @@ def domains(dataset: Dataset) -> dict[str, int]:
     return {m: domain_id(dataset, value) for m, value in values.items() if value is not None}
 
 
-def of_domain(decoded: Sequence[Rows], dataset: Dataset, domain: int) -> list[Rows]:
+def of_domain(dataset: Dataset, domain: int, decoded: Sequence[Rows]) -> list[Rows]:
     """The rows with the targets of one domain only."""
     return [
         replace(
@@ -89,48 +63,6 @@ def of_domain(decoded: Sequence[Rows], dataset: Dataset, domain: int) -> list[Ro
         ).asked()
         for rows in decoded
     ]
-
-
-def measure(
-    progressive: Progressive, *, seed: int, embeddings: bool
-) -> tuple[Predictions, dict[str, Any]]:
-    """Train upstream, and downstream in each domain.
-
-    Args:
-        embeddings: whether the downstream model reads any; if not, nothing is trained upstream.
-
-    Returns:
-        Predictions, a part for each domain; and facts: base_rates by domain and task, seconds.
-    """
-    began = time.monotonic()
-    dataset, lake = progressive.dataset, progressive.lake
-    days = progressive.run() if embeddings else {}
-    found: list[Predictions] = []
-    counts: dict[str, dict[str, np.ndarray]] = {}
-
-    def batches(rows: Sequence[Rows], ds: str) -> list[Loaded]:
-        before = published(days, shift(ds, -1), EmbeddingKind.POOLED) if embeddings else None
-        return with_embeddings(dataset, rows, before)
-
-    for task in dataset.tasks:
-        for each in rounds(lake, dataset, task, progressive.days):
-            rows = decode(lake, dataset, task, each)
-            for domain in domains(dataset).values():
-                mine = {ds: of_domain(of, dataset, domain) for ds, of in rows.training.items()}
-                seen = label_counts(dataset, task, mine)
-                if not 0 < seen[0] < seen[1]:  # the task is not asked in this domain
-                    continue
-                of_part = counts.setdefault(str(domain), {})
-                of_part[task.name] = of_part.get(task.name, 0) + seen
-                training = [item for ds, of in mine.items() for item in batches(of, ds)]
-                predict = fit(dataset, task, training, seed=seed)
-                test = of_domain(rows.test, dataset, domain)
-                found.append(of_scored(dataset, str(domain), predict(batches(test, each.test))))
-    rates = {
-        domain: {task: float(seen[0] / seen[1]) for task, seen in of.items()}
-        for domain, of in counts.items()
-    }
-    return joined(found), {"base_rates": rates, "seconds": time.monotonic() - began}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +104,14 @@ def cells(results: Sequence[Result]) -> list[Cell]:
     return found
 
 
-def markdown(found: Sequence[Cell], dataset: Dataset) -> str:
+def markdown(found: Sequence[Cell]) -> str:
     """A matrix for each task: context's row holds its NE, the others' the difference to it."""
     columns = list(dict.fromkeys(cell.domain for cell in found))
     out = [f"Seeds: {found[0].seeds}. Intervals are over users, not over trainings."]
     for task in dict.fromkeys(cell.task for cell in found):
         out += [
             f"\n### {task}\n",
-            f"| upstream | {' | '.join(f'{dataset.domain} {c}' for c in columns)} |",
+            f"| upstream | {' | '.join(columns)} |",
             "|---" * (len(columns) + 1) + "|",
         ]
         for model in dict.fromkeys(cell.model for cell in found):
@@ -199,23 +131,18 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(program: Program) -> list[Result]:
     """Every upstream model, none first, and every seed: what is done, is read."""
-    found = program.results(CONTEXT, ALL, partial(measure, embeddings=False))
-    for model in (ALL, *domains(program.dataset)):
-        found += program.results(model, model, partial(measure, embeddings=True))
+    known = domains(program.dataset)
+    name = program.dataset.domain
+    parts = {f"{name} {of}": partial(of_domain, program.dataset, of) for of in known.values()}
+    found = program.results(CONTEXT, ALL, partial(measure, parts=parts, embeddings=False))
+    for model in (ALL, *known):
+        found += program.results(model, model, partial(measure, parts=parts, embeddings=True))
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing and print the matrices; they are kept as `table.md` and `table.json` too."""
-    args = arguments(argv)
-    try:
-        dataset = datasets.get(args.dataset)
-        program = Program("domains", Settings.from_env(), dataset, args)
-        found = cells(run(program))
-    except HeadwaterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    program.store.write_table(markdown(found, dataset), [asdict(x) for x in found])
+    report("domains", arguments(argv), lambda program: cells(run(program)), markdown)
 
 
 if __name__ == "__main__":

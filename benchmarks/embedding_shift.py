@@ -22,10 +22,9 @@ much more than that in training. Means over the tasks and the newest D; paired b
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,11 +35,12 @@ from benchmarks.alone import (
     decode,
     fit,
     label_counts,
+    report,
     rounds,
     with_embeddings,
 )
 from benchmarks.flags import flags
-from benchmarks.progressive import Embedded, Progressive, published
+from benchmarks.progressive import Embedded, Progressive, progressive_ne, published
 from benchmarks.results import (
     Predictions,
     Result,
@@ -50,11 +50,8 @@ from benchmarks.results import (
     mean_ne,
     of_scored,
 )
-from feature_store import datasets
 from feature_store.days import shift
 from feature_store.embeddings import EmbeddingKind, UserEmbeddings
-from feature_store.errors import HeadwaterError
-from jobs.settings import Settings
 from jobs.training.config import Shift
 from jobs.training.judge import drift
 from models.metrics import Interval
@@ -111,13 +108,6 @@ def measure(progressive: Progressive, *, seed: int) -> tuple[Predictions, dict[s
         "drift": {kind: mean_drift(days, sorted(read), kind) for kind in EmbeddingKind},
         "seconds": time.monotonic() - began,
     }
-
-
-def progressive_ne(days: Mapping[str, Embedded], chosen: Sequence[str]) -> dict[str, float]:
-    """Task -> mean NE of the upstream model in progressive validation over the days `chosen`."""
-    judged = [days[ds].ne for ds in chosen if ds in days]
-    names = dict.fromkeys(name for ne in judged for name in ne)
-    return {name: float(np.mean([ne[name] for ne in judged if name in ne])) for name in names}
 
 
 def mean_drift(
@@ -253,15 +243,7 @@ def run(program: Program) -> list[Result]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing and print the tables; they are kept as `table.md` and `table.json` too."""
-    args = arguments(argv)
-    try:
-        dataset = datasets.get(args.dataset)
-        program = Program("embedding_shift", Settings.from_env(), dataset, args)
-        found = lines(run(program))
-    except HeadwaterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    program.store.write_table(markdown(found), [asdict(x) for x in found])
+    report("embedding_shift", arguments(argv), lambda program: lines(run(program)), markdown)
 
 
 if __name__ == "__main__":

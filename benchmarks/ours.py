@@ -69,20 +69,7 @@ class Ours:
     def __init__(
         self, lake: Lake, dataset: Dataset, model: str, split: Split, *, share: float
     ) -> None:
-        name, *changes = model.split(":")
-        self.preset: Preset = preset(dataset, name)
-        self.seen: list[Seen] = []
-        for change in changes:
-            see = histories(change, feature_plan(dataset))
-            if see is None:
-                self.preset = changed(self.preset, *change.split("=", 1))
-            else:
-                self.seen.append(see)
-        try:
-            with torch.random.fork_rng():
-                self.preset.build(dataset, torch.device("cpu"))
-        except ValueError as error:
-            raise SpecError(f"--models: {model!r} cannot be built: {error}") from error
+        self.preset, self.seen = variant(dataset, model)
         self.lake, self.dataset, self.model, self.split = lake, dataset, model, split
         self.share = share
 
@@ -128,6 +115,28 @@ class Ours:
             history=self.preset.history, user_features=self.preset.user_features,
             limits=self.preset.training.limits,
         )  # fmt: skip
+
+
+def variant(dataset: Dataset, model: str) -> tuple[Preset, list[Seen]]:
+    """The preset and the histories that a name stands for.
+
+    Raises:
+        SpecError: the name does not make a model.
+    """
+    name, *changes = model.split(":")
+    found, seen = preset(dataset, name), []
+    for change in changes:
+        see = histories(change, feature_plan(dataset))
+        if see is None:
+            found = changed(found, *change.split("=", 1))
+        else:
+            seen.append(see)
+    try:
+        with torch.random.fork_rng():
+            found.build(dataset, torch.device("cpu"))
+    except ValueError as error:
+        raise SpecError(f"--models: {model!r} cannot be built: {error}") from error
+    return found, seen
 
 
 def changed(found: Preset, field: str, value: str) -> Preset:

@@ -12,7 +12,7 @@ configuration only. There is no gate: each day's snapshot serves the day after.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.ours import variant
 from feature_store.days import shift
 from feature_store.embeddings import EmbeddingKind, UserEmbeddings, pooled
-from feature_store.errors import DataError
+from feature_store.errors import DataError, SpecError
 from feature_store.ledger import pin
 from feature_store.spec import Dataset
 from jobs.context import JobContext
@@ -33,7 +34,7 @@ from jobs.training.checkpoints import replacing, run_hash
 from jobs.training.config import GateConfig, to_plain
 from jobs.training.ids import int64_ids
 from jobs.training.loader import labelled_day
-from jobs.training.presets import preset
+from jobs.training.presets import Preset
 
 EMBEDDINGS = "embeddings.npz"
 _NO_GATE = GateConfig(ne_tolerance=1e9, min_cosine=-2.0, max_l2=1e9)
@@ -54,18 +55,33 @@ class Embedded:
     ne: dict[str, float]
 
 
+def publishable(dataset: Dataset, model: str) -> Preset:
+    """What a name of `benchmarks/ours.py` stands for.
+
+    Raises:
+        SpecError: the name does not make a model, or one of other histories than are published of.
+    """
+    found, seen = variant(dataset, model)
+    if seen:
+        raise SpecError(
+            f"--models: {model!r} has other histories, and embeddings are published of whole ones; leave "
+            "that out"
+        )
+    return found
+
+
 class Progressive:
     """One training of one upstream model over every day of a lake.
 
     Args:
         settings: of the lake.
         dataset: the spec.
-        model: name of a preset.
+        model: name of a preset, with changes of its fields as in `benchmarks/ours.py`.
         seed: of the first weights and of the order of batches.
         out: folder that everything is kept under.
 
     Raises:
-        SpecError: no preset has that name.
+        SpecError: the name does not make a model that can be published.
         DataError: the lake has no day to train on.
     """
 
@@ -74,7 +90,7 @@ class Progressive:
     ) -> None:
         self.settings = replace(settings, home=out / "upstream" / model)
         self.dataset, self.model, self.name = dataset, model, f"seed-{seed}"
-        self.preset = replace(preset(dataset, model), gate=_NO_GATE)
+        self.preset = replace(publishable(dataset, model), gate=_NO_GATE)
         self.lake = JobContext(dataset=dataset, ds=dataset.first_day, settings=settings).lake
         tables = ("labels", "examples", self.preset.user_table)
         known = {t: self.lake.partitions(t) for t in (*tables, "item_aggregates")}
@@ -176,3 +192,10 @@ def published(
     earlier = [shift(ds, -i) for i in range(1, POOLED_DAYS)]
     values, _ = pooled(now.ids, now.values, [days[d].served for d in earlier if d in days])
     return replace(now, kind=kind, values=values)
+
+
+def progressive_ne(days: Mapping[str, Embedded], chosen: Sequence[str]) -> dict[str, float]:
+    """Task -> mean NE of the upstream model in progressive validation over the days `chosen`."""
+    judged = [days[ds].ne for ds in chosen if ds in days]
+    names = dict.fromkeys(name for ne in judged for name in ne)
+    return {name: float(np.mean([ne[name] for ne in judged if name in ne])) for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from benchmarks import alone
 from benchmarks import domains as program
-from benchmarks.alone import ALL_TASKS, Program
-from benchmarks.domains import CONTEXT, arguments, cells, domains, markdown, measure, of_domain
+from benchmarks.alone import ALL_TASKS, CONTEXT, Program
+from benchmarks.domains import arguments, cells, domains, markdown, of_domain
 from benchmarks.progressive import Progressive
 from feature_store.days import day_of, shift
 from feature_store.errors import SpecError
@@ -54,6 +56,11 @@ def upstream(rows: dict = ROWS) -> SimpleNamespace:
     )  # fmt: skip
 
 
+def measure(progressive: SimpleNamespace, *, seed: int, embeddings: bool):
+    parts = {str(surface): partial(of_domain, SPEC, surface) for surface in (0, 1)}
+    return alone.measure(progressive, seed=seed, parts=parts, embeddings=embeddings)
+
+
 def of_surface(surface: int, days: list[str]) -> list[int]:
     shown = (r for ds in days for r in ROWS["impressions"][ds].to_pylist())
     return sorted(r["target_id"] for r in shown if r["surface"] == surface)
@@ -65,7 +72,7 @@ def test_rows_of_a_domain_hold_its_targets_alone_with_their_labels() -> None:
     rows = list(labelled_rows(lake, SPEC, day.shown, users=Users.ALL, history=False))
     truth = {r["target_id"]: r["label__clicked"] for r in ROWS["impressions"][DAYS[3]].to_pylist()}
     for surface in (0, 1):
-        (mine,) = of_domain(rows, SPEC, surface)
+        (mine,) = of_domain(SPEC, surface, rows)
         targets = mine.targets["target_id"].tolist()
         assert sorted(targets) == of_surface(surface, [DAYS[3]])
         assert mine.labels[:, 0].tolist() == [truth[t] for t in targets]
@@ -80,7 +87,7 @@ def test_rows_of_a_domain_hold_its_targets_alone_with_their_labels() -> None:
 
 def test_each_domain_reads_the_pooled_embeddings_of_the_day_before(monkeypatch) -> None:
     seen: list[tuple[int, set[tuple[str, float]]]] = []
-    fit = program.fit
+    fit = alone.fit
 
     def reads(batches) -> tuple[int, set[tuple[str, float]]]:
         found = set()
@@ -102,7 +109,7 @@ def test_each_domain_reads_the_pooled_embeddings_of_the_day_before(monkeypatch) 
 
         return predicting
 
-    monkeypatch.setattr(program, "fit", spied)
+    monkeypatch.setattr(alone, "fit", spied)
     measure(upstream(), seed=0, embeddings=True)
     learned = {(DAYS[1], 0.0), (DAYS[2], 0.5), (DAYS[3], 1.0)}
     assert seen[:4] == [
@@ -149,9 +156,10 @@ def test_the_matrix_is_measured_once(tmp_path: Path, monkeypatch) -> None:
     mine = Program("domains", Settings.from_env({}), SPEC, args)
     found = cells(program.run(mine))
     models = ["sum", "sum_surface_0", "sum_surface_1"]
+    surfaces = ["surface 0", "surface 1"]
     assert trained == models
     assert {(c.task, c.model, c.domain) for c in found} == {
-        (t, m, d) for t in (ALL_TASKS, "click", "buy") for m in (CONTEXT, *models) for d in "01"
+        (t, m, d) for t in (ALL_TASKS, "click", "buy") for m in (CONTEXT, *models) for d in surfaces
     }
     by = {(c.task, c.model, c.domain): c for c in found}
     for (task, model, domain), c in by.items():
@@ -161,11 +169,11 @@ def test_the_matrix_is_measured_once(tmp_path: Path, monkeypatch) -> None:
         if task == ALL_TASKS:
             tasks = [by[t, model, domain].ne for t in ("click", "buy")]
             assert c.ne == pytest.approx(np.mean(tasks))
-    text = markdown(found, SPEC)
+    text = markdown(found)
     assert "| upstream | surface 0 | surface 1 |" in text
-    assert f"| {CONTEXT} | NE {by[ALL_TASKS, CONTEXT, '0'].ne:.4f} |" in text
+    assert f"| {CONTEXT} | NE {by[ALL_TASKS, CONTEXT, 'surface 0'].ne:.4f} |" in text
     again = cells(program.run(mine))
-    assert trained == models and markdown(again, SPEC) == text
+    assert trained == models and markdown(again) == text
 
 
 def test_a_dataset_without_such_models_says_where_they_belong() -> None:

@@ -1,0 +1,130 @@
+"""What variants of an upstream model bring downstream, beside what they are worth themselves.
+
+    python -m benchmarks.variants --dataset simulated|globo --out DIR \\
+        --models sum,sum:mix.sizes=12+6,sum:embeddings=4 [--seeds 0,1]
+
+Names are as in `benchmarks/ours.py`, without histories. Each is trained day by day; its embeddings of the
+day before, pooled over three days as they are published, go to a downstream model of context and item,
+trained on some days and evaluated on the day after them. Two figures decide a default: the NE of the
+upstream model, in progressive validation, and that of the downstream model, which is what embeddings
+are for; arxiv 2311.09544 finds that a larger mix tower helps the first and not the second. Means over
+seeds and over the newest test days; paired bootstrap over users. Reads the lake in HEADWATER_HOME;
+everything is kept under --out, and a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from benchmarks.alone import ALL_TASKS, CONTEXT, Program, measure, report
+from benchmarks.flags import flags, listed
+from benchmarks.progressive import publishable
+from benchmarks.results import Result, difference, interval_text, mean_ne
+from feature_store.errors import SpecError
+from models.metrics import Interval
+
+_PART = "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One variant and one task, or the mean over the tasks; means over the seeds.
+
+    Args:
+        model: its name, or `context`, the downstream model without any embeddings.
+        upstream_ne: of the variant itself, on the same days; None of `context`.
+        ne: of the downstream model.
+        to_context, to_first: that less the NE of `context`, and of the first variant.
+    """
+
+    task: str
+    model: str
+    seeds: int
+    upstream_ne: float | None
+    ne: float
+    to_context: Interval
+    to_first: Interval
+
+
+def lines(results: Sequence[Result]) -> list[Line]:
+    """By task, the mean over the tasks first; `context` first, then the variants in their order."""
+    models: dict[str, list[Result]] = {}
+    for result in results:
+        models.setdefault(result.model, []).append(result)
+    _, first, *_ = models
+    rates = results[0].facts["base_rates"][_PART]
+    tasks = {ALL_TASKS: rates, **{name: {name: rate} for name, rate in rates.items()}}
+    found = []
+    for task, chosen in tasks.items():
+        for model, of in models.items():
+            judged = [r.facts["upstream_ne"] for r in of]
+            upstream = [ne[t] for ne in judged for t in chosen if t in ne]
+            found.append(
+                Line(
+                    task=task, model=model, seeds=len(of),
+                    upstream_ne=float(np.mean(upstream)) if upstream else None,
+                    ne=mean_ne(of, _PART, chosen),
+                    to_context=difference(of, _PART, models[CONTEXT], _PART, chosen),
+                    to_first=difference(of, _PART, models[first], _PART, chosen),
+                )
+            )  # fmt: skip
+    return found
+
+
+def markdown(found: Sequence[Line]) -> str:
+    """A table per task."""
+    first = found[1].model
+    out = [f"Seeds: {found[0].seeds}. Intervals are over users, not over trainings."]
+    for task in dict.fromkeys(line.task for line in found):
+        out += [
+            f"\n### {task}\n",
+            f"| upstream | its NE | NE downstream | less {CONTEXT}, 95 % | less {first}, 95 % |",
+            "|---|---|---|---|---|",
+        ]
+        for x in (x for x in found if x.task == task):
+            own = "" if x.upstream_ne is None else f"{x.upstream_ne:.4f}"
+            to_context = "" if x.model == CONTEXT else interval_text(x.to_context)
+            to_first = "" if x.model in (CONTEXT, first) else interval_text(x.to_first)
+            out.append(f"| {x.model} | {own} | {x.ne:.4f} | {to_context} | {to_first} |")
+    return "\n".join(out) + "\n"
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
+    cli = flags("variants", __doc__)
+    cli.add_argument(
+        "--models", type=listed, required=True, help="the one to compare with, then its variants"
+    )
+    return cli.parse_args(argv)
+
+
+def run(program: Program) -> list[Result]:
+    """Every variant, none first, and every seed: what is done, is read.
+
+    Raises:
+        SpecError: --models names none, or not a model that can be published; none is trained then.
+    """
+    names = program.args.models
+    if not names:
+        raise SpecError("--models is empty: name a model, then its variants")
+    for name in names:
+        publishable(program.dataset, name)
+    parts = {_PART: list}
+    found = program.results(CONTEXT, names[0], partial(measure, parts=parts, embeddings=False))
+    for model in names:
+        found += program.results(model, model, partial(measure, parts=parts, embeddings=True))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing and print the tables; they are kept as `table.md` and `table.json` too."""
+    report("variants", arguments(argv), lambda program: lines(run(program)), markdown)
+
+
+if __name__ == "__main__":
+    main()
