@@ -135,6 +135,13 @@ def with_embeddings(
     return [item for item in found if item.batch.targets]
 
 
+def announce(task: Task, done: Round) -> None:
+    """A line of progress."""
+    print(
+        f"  downstream {task.name}: trained up to {done.served}, tested on {done.test}", flush=True
+    )
+
+
 def fit(
     dataset: Dataset, task: Task, training: Sequence[Loaded], *, seed: int
 ) -> Callable[[Sequence[Loaded]], Scored]:
@@ -198,6 +205,7 @@ def measure(
                 training = [item for ds, of in mine.items() for item in batches(of, ds)]
                 predict = fit(dataset, task, training, seed=seed)
                 found.append(of_scored(dataset, name, predict(batches(part(rows.test), each.test))))
+            announce(task, each)
     rates = {
         name: {task: float(seen[0] / seen[1]) for task, seen in of.items()}
         for name, of in counts.items()

@@ -32,6 +32,7 @@ import numpy as np
 from benchmarks.alone import (
     ALL_TASKS,
     Program,
+    announce,
     decode,
     fit,
     label_counts,
@@ -101,6 +102,7 @@ def measure(progressive: Progressive, *, seed: int) -> tuple[Predictions, dict[s
                     for side, test in sides.items()
                 ]
             counts += label_counts(dataset, task, rows.training)
+            announce(task, each)
         rates[task.name] = float(counts[0] / counts[1])
     return joined(found), {
         "base_rates": rates,
