@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -187,9 +187,12 @@ def measure(
     counts: dict[str, dict[str, np.ndarray]] = {}
     tested = set()
 
+    @cache
+    def before(ds: str) -> UserEmbeddings | None:
+        return published(days, shift(ds, -1), EmbeddingKind.POOLED) if embeddings else None
+
     def batches(rows: Sequence[Rows], ds: str) -> list[Loaded]:
-        before = published(days, shift(ds, -1), EmbeddingKind.POOLED) if embeddings else None
-        return with_embeddings(dataset, rows, before)
+        return with_embeddings(dataset, rows, before(ds))
 
     for task in dataset.tasks:
         for each in rounds(lake, dataset, task, progressive.days):
@@ -249,10 +252,24 @@ class Program:
         self.settings, self.dataset, self.args = settings, dataset, args
         self.store = Store(args.out / name / dataset.name)
 
+    def beside_context(self, models: Sequence[str], parts: Mapping[str, Part]) -> list[Result]:
+        """What `measure` finds in `parts`, of no embeddings first, then of each upstream model."""
+        about = {"parts": list(parts)}
+        find = partial(measure, parts=parts)
+        found = self.results(CONTEXT, models[0], partial(find, embeddings=False), **about)
+        for model in models:
+            found += self.results(model, model, partial(find, embeddings=True), **about)
+        return found
+
     def results(
-        self, name: str, upstream: str, measure: Callable[..., tuple[Predictions, dict[str, Any]]]
+        self,
+        name: str,
+        upstream: str,
+        measure: Callable[..., tuple[Predictions, dict[str, Any]]],
+        **more: Any,
     ) -> list[Result]:
-        """What `measure` finds, by seed, of an upstream model: what is done, is read."""
+        """What `measure` finds, by seed, of an upstream model: what is done, is read. `more` is what else
+        a result depends on."""
         found = []
         tasks = [t.name for t in self.dataset.tasks]
         for seed in map(int, self.args.seeds):
@@ -260,7 +277,7 @@ class Program:
                 self.settings, self.dataset, upstream, seed=seed, out=self.args.out
             )
             downstream = {**to_plain(budget(self.dataset)), "rounds": ROUNDS}
-            about = {"upstream": training.config(), "downstream": downstream}
+            about = {"upstream": training.config(), "downstream": downstream, **more}
             train = partial(measure, training, seed=seed)
             found.append(self.store.once(name, tasks, seed, about, train))
         return found

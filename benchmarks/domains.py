@@ -19,9 +19,9 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.alone import ALL_TASKS, CONTEXT, Program, measure, report
+from benchmarks.alone import ALL_TASKS, CONTEXT, Program, report
 from benchmarks.flags import flags
-from benchmarks.results import Result, difference, interval_text, mean_ne
+from benchmarks.results import Result, by_model, difference, interval_text, mean_ne
 from feature_store.errors import SpecError
 from feature_store.spec import Dataset
 from feature_store.tables import NO_LABEL
@@ -84,9 +84,7 @@ class Cell:
 
 def cells(results: Sequence[Result]) -> list[Cell]:
     """By task, the mean over the tasks first; then by upstream model; then by domain."""
-    models: dict[str, list[Result]] = {}
-    for result in results:
-        models.setdefault(result.model, []).append(result)
+    models = by_model(results)
     rates = results[0].facts["base_rates"]
     found = []
     for task in (ALL_TASKS, *dict.fromkeys(t for of in rates.values() for t in of)):
@@ -134,10 +132,7 @@ def run(program: Program) -> list[Result]:
     known = domains(program.dataset)
     name = program.dataset.domain
     parts = {f"{name} {of}": partial(of_domain, program.dataset, of) for of in known.values()}
-    found = program.results(CONTEXT, ALL, partial(measure, parts=parts, embeddings=False))
-    for model in (ALL, *known):
-        found += program.results(model, model, partial(measure, parts=parts, embeddings=True))
-    return found
+    return program.beside_context((ALL, *known), parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -45,6 +45,7 @@ from benchmarks.progressive import Embedded, Progressive, progressive_ne, publis
 from benchmarks.results import (
     Predictions,
     Result,
+    by_model,
     difference,
     interval_text,
     joined,
@@ -162,9 +163,7 @@ class Line:
 
 def lines(results: Sequence[Result]) -> list[Line]:
     """By task, the mean over the tasks first. The first result's model is the one without any answer."""
-    models: dict[str, list[Result]] = {}
-    for result in results:
-        models.setdefault(result.model, []).append(result)
+    models = by_model(results)
     none, rates = models[results[0].model], results[0].facts["base_rates"]
     tasks = {ALL_TASKS: rates, **{name: {name: rate} for name, rate in rates.items()}}
     return [

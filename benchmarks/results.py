@@ -8,7 +8,7 @@ configuration, the run is done and is not repeated.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,7 +209,10 @@ def difference(
     base_rates: Mapping[str, float],
 ) -> Interval:
     """NE of a part of `mine` less NE of a part of `other`, averaged over the tasks of `base_rates` and
-    the seeds that both have; where there is one `other`, it stands against all seeds of `mine`."""
+    the seeds that both have; where there is one `other`, it stands against all seeds of `mine`. A result
+    against itself is not drawn."""
+    if mine is other and part == other_part:
+        return Interval(mean=0.0, low=0.0, high=0.0)
     seeds = {result.seed: result for result in other}
     both = [(result, seeds[result.seed]) for result in mine if result.seed in seeds]
     if len(other) == 1:
@@ -224,6 +227,14 @@ def difference(
             for task, rate in base_rates.items()
         ]
     )  # fmt: skip
+
+
+def by_model(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """The results of each model, both in their order."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.model, []).append(result)
+    return found
 
 
 def mean_ne(results: Sequence[Result], part: str, base_rates: Mapping[str, float]) -> float:

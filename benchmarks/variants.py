@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from benchmarks.alone import ALL_TASKS, CONTEXT, Program, measure, report
+from benchmarks.alone import ALL_TASKS, CONTEXT, Program, report
 from benchmarks.flags import flags, listed
 from benchmarks.progressive import publishable
-from benchmarks.results import Result, difference, interval_text, mean_ne
+from benchmarks.results import Result, by_model, difference, interval_text, mean_ne
 from feature_store.errors import SpecError
 from models.metrics import Interval
 
@@ -53,9 +52,7 @@ class Line:
 
 def lines(results: Sequence[Result]) -> list[Line]:
     """By task, the mean over the tasks first; `context` first, then the variants in their order."""
-    models: dict[str, list[Result]] = {}
-    for result in results:
-        models.setdefault(result.model, []).append(result)
+    models = by_model(results)
     _, first, *_ = models
     rates = results[0].facts["base_rates"][_PART]
     tasks = {ALL_TASKS: rates, **{name: {name: rate} for name, rate in rates.items()}}
@@ -114,11 +111,7 @@ def run(program: Program) -> list[Result]:
         raise SpecError("--models is empty: name a model, then its variants")
     for name in names:
         publishable(program.dataset, name)
-    parts = {_PART: list}
-    found = program.results(CONTEXT, names[0], partial(measure, parts=parts, embeddings=False))
-    for model in names:
-        found += program.results(model, model, partial(measure, parts=parts, embeddings=True))
-    return found
+    return program.beside_context(names, {_PART: list})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -50,7 +50,7 @@ class UserEmbeddings:
     Args:
         model, ds, kind, snapshot: what they are.
         ids: user ids, unique, int64 or string.
-        values: (n, K, D) float16.
+        values: (n, K, D) float16, as published.
         version: Delta version that they were read at; None where they were not read from a lake.
     """
 
@@ -102,7 +102,7 @@ class UserEmbeddings:
     def lookup(
         self, user_ids: Sequence[int] | Sequence[str] | np.ndarray | pa.Array
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Values (m, K, D) float16 of the named users, and a mask (m,) of who has any.
+        """Values (m, K, D), of the type of `values`, of the named users, and a mask (m,) of who has any.
 
         Users may repeat. Who has none gets zeros: use the mask, not the zeros.
         """

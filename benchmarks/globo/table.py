@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.results import PARTS, Result, difference, interval_text
+from benchmarks.results import PARTS, Result, by_model, difference, interval_text
 from models.metrics import auc, normalized_entropy
 
 
@@ -45,10 +45,7 @@ def lines(
     """
     found = []
     for task, base_rate in base_rates.items():
-        models: dict[str, list[Result]] = {}
-        for r in results:
-            if task in r.tasks:
-                models.setdefault(r.model, []).append(r)
+        models = by_model(r for r in results if task in r.tasks)
         scores = {m: _scores(of, task, base_rate) for m, of in models.items()}
         known = [m for m in models if m in peers]
         best = min(known, key=lambda m: float(np.mean(scores[m]["validation"][0])), default=None)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.results import PARTS, Result, difference, interval_text
+from benchmarks.results import PARTS, Result, by_model, difference, interval_text
 from jobs.training.downstream import REFERENCE
 from models.metrics import (
     Interval,
@@ -84,11 +84,7 @@ def lines(results: Sequence[Result]) -> list[Line]:
     """
     found = []
     for task in dict.fromkeys(r.tasks[0] for r in results):
-        arms: dict[str, list[Result]] = {}
-        for result in results:
-            if result.tasks == (task,):
-                arms.setdefault(result.model, []).append(result)
-        found += _of_task(task, arms)
+        found += _of_task(task, by_model(r for r in results if r.tasks == (task,)))
     return found
 
 

@@ -32,7 +32,7 @@ MODELS = ["sum", "sum:mix.sizes=6", "sum:embeddings=4"]
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Progressive]:
-    """The upstream trainings, in their order; what they publish on day i is i / 2."""
+    """The upstream trainings, in their order; every number of the raw embeddings of day i is i."""
     found: list[Progressive] = []
 
     def run(self: Progressive):
