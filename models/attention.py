@@ -28,8 +28,8 @@ or, pointwise (HSTU, arXiv 2402.17152, eq. 2): a weight says how much, and not h
     out[q, g]      = sum over n of SiLU(score[q, g, n]) / pointwise value[n, h]
 
 The softmax also runs over a null slot, a learned key and value without bias, where one is given;
-without one, a query with no key gets zeros. `prefix_attention` is the implementation for CPUs and
-hands GPU tensors to a kernel; `prefix_attention_reference` is the same in the plainest way.
+without one, a query with no key gets zeros. `prefix_attention` is the operation,
+`prefix_attention_reference` the same in the plainest way.
 """
 
 from __future__ import annotations
@@ -44,9 +44,6 @@ RECENCY_BUCKETS = 64
 POSITION_BUCKETS = 64
 # the least position of each bucket but the first: 1, 2, ... 31, 32, 40, 48, 56, 64, 80, ... 7168
 _POSITION_EDGES = (*range(1, 32), *((4 + i % 4) << (3 + i // 4) for i in range(32)))
-_MASKED = -1e30  # finite: a row of nothing but -inf makes NaN
-_LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_BLOCK = 16
 
 
 class Recency(NamedTuple):
@@ -172,11 +169,9 @@ def prefix_attention(
 ) -> Tensor:
     """Attention of jagged queries over prefixes of their rows' jagged keys.
 
-    On a GPU a Triton kernel (`models.kernels.prefix_attention`). Elsewhere queries are cut into
-    blocks of at most 16 of one row, blocks are grouped by the longest prefix in them, and each
-    group is one dense attention, padded to that length alone: rows of very different length do not
-    pay for each other. On CPUs this is several times faster than padding to the batch's longest
-    row.
+    On a GPU a Triton kernel (`models.kernels.prefix_attention`), elsewhere dense attention over
+    blocks of queries of like size (`models.blocked_attention`). Both know their gradients, and
+    neither pads to the batch's longest row.
 
     Args:
         q: (Q, G, d) float.
@@ -206,31 +201,12 @@ def prefix_attention(
     )  # fmt: skip
     if q.shape[0] == 0:
         return q
-    # slot 0 of the padded keys is the null slot, or a masked one
-    heads, width = k.shape[1], k.shape[2]
-    null_key = k.new_zeros(1, heads, width) if null is None else null.key[None]
-    null_value = v.new_zeros(1, heads, width) if null is None else null.value[None]
-    kv = torch.cat([torch.cat([null_key, null_value], 2), torch.cat([k, v], 2)], 0)
-    groups = _groups(q_offsets, kv_offsets, kv_end, kv.shape[0])
-    pairs = [None] * len(groups) if pair_bias is None else _padded(pair_bias, groups, kv_end)
-    pieces, places = [], []
-    for group, pair in zip(groups, pairs, strict=True):
-        query, key = group.query, group.key
-        end = kv_end.index_select(0, query.flatten()).view(query.shape)
-        out = _dense(
-            q.index_select(0, query.flatten()).unflatten(0, query.shape),
-            kv.index_select(0, key.flatten()).unflatten(0, key.shape),
-            end=end,
-            bias=_bias(group, end, recency=recency, position_bias=position_bias, pair_bias=pair),
-            null=null is not None,
-            pointwise=pointwise,
-        )
-        pieces.append(out.flatten(0, 1).index_select(0, group.asked))
-        places.append(query.flatten().index_select(0, group.asked))
-    order = torch.empty_like(kv_end)
-    place = torch.cat(places)
-    order[place] = torch.arange(len(place), device=q.device)
-    return torch.cat(pieces).index_select(0, order)
+    from models.blocked_attention import blocked_prefix_attention
+
+    return blocked_prefix_attention(
+        q, k, v, q_offsets=q_offsets, kv_offsets=kv_offsets, kv_end=kv_end, recency=recency,
+        position_bias=position_bias, pair_bias=pair_bias, null=null, pointwise=pointwise,
+    )  # fmt: skip
 
 
 class Tiles(NamedTuple):
@@ -248,136 +224,6 @@ def cut(lengths: Tensor, size: int) -> Tiles:
     first = F.pad(per_row.cumsum(0), (1, 0))[:-1]
     nth = torch.arange(len(row), device=row.device) - first.index_select(0, row)
     return Tiles(row, nth * size)
-
-
-class _Blocks(NamedTuple):
-    row: Tensor  # (b,) row of each block
-    start: Tensor  # (b,) its first query
-    count: Tensor  # (b,) its queries, 1 up to _BLOCK
-    longest: Tensor  # (b,) its longest prefix
-
-
-def _blocks(q_offsets: Tensor, kv_end: Tensor) -> _Blocks:
-    tiles = cut(q_offsets.diff(), _BLOCK)
-    row = tiles.row
-    start = q_offsets[:-1].index_select(0, row) + tiles.start
-    count = torch.minimum(
-        q_offsets[1:].index_select(0, row) - start, torch.full_like(start, _BLOCK)
-    )
-    longest = torch.segment_reduce(kv_end.to(torch.float32), "max", lengths=count).to(torch.int64)
-    return _Blocks(row, start, count, longest)
-
-
-class _Group(NamedTuple):
-    query: Tensor  # (b, t) the queries of b blocks; a shorter block repeats its last
-    asked: Tensor  # which of the b t are no repetition
-    key: Tensor  # (b, 1 + l) their row's first keys as rows of the padded keys, slot 0 in front
-
-
-def _groups(
-    q_offsets: Tensor, kv_offsets: Tensor, kv_end: Tensor, padded_keys: int
-) -> list[_Group]:
-    """Blocks of like prefixes, padded; every block is in one of them."""
-    device = kv_end.device
-    blocks = _blocks(q_offsets, kv_end)
-    first_key = kv_offsets[:-1].index_select(0, blocks.row) + 1
-    level = torch.bucketize(blocks.longest, torch.tensor(_LENGTHS, device=device))
-    narrow = (blocks.count * 4 <= _BLOCK).to(level.dtype)
-    groups = []
-    kind = level * 2 + narrow
-    for value in kind.unique().tolist():
-        chosen = (kind == value).nonzero().squeeze(1)
-        nth = value // 2
-        length = _LENGTHS[nth] if nth < len(_LENGTHS) else int(blocks.longest[chosen].max())
-        start = blocks.start.index_select(0, chosen)[:, None]
-        count = blocks.count.index_select(0, chosen)[:, None]
-        within = torch.arange(_BLOCK // 4 if value % 2 else _BLOCK, device=device)
-        asked = (within < count).flatten().nonzero().squeeze(1)
-        key = torch.arange(length, device=device) + first_key.index_select(0, chosen)[:, None]
-        key = F.pad(key.clamp(max=padded_keys - 1), (1, 0))
-        groups.append(_Group(start + torch.minimum(within, count - 1), asked, key))
-    return groups
-
-
-def _padded(pair_bias: Tensor, groups: list[_Group], kv_end: Tensor) -> list[Tensor]:
-    """(b, t, l, G) of each group. All pairs are written at once and each to one place, so that the
-    gradient is a plain read."""
-    shapes = [(*group.query.shape, group.key.shape[1] - 1) for group in groups]
-    sizes = [b * t * length for b, t, length in shapes]
-    start = torch.empty_like(kv_end)  # (Q,) where each query's pairs go
-    before = 0
-    for group, (_, _, length), size in zip(groups, shapes, sizes, strict=True):
-        start[group.query.flatten().index_select(0, group.asked)] = before + group.asked * length
-        before += size
-    place = torch.repeat_interleave(start - first_pairs(kv_end), kv_end)
-    place = place + torch.arange(len(place), device=place.device)
-    padded = pair_bias.new_zeros(before, pair_bias.shape[1]).index_copy(0, place, pair_bias)
-    return [p.unflatten(0, s) for p, s in zip(padded.split(sizes), shapes, strict=True)]
-
-
-def _bias(
-    group: _Group,
-    end: Tensor,
-    *,
-    recency: Recency | None,
-    position_bias: Tensor | None,
-    pair_bias: Tensor | None,
-) -> Tensor | None:
-    """(b, t, 1 + l, G), the sum of what is given; of slot 0 it is 0. `pair_bias`: (b, t, l, G)."""
-    given = [] if pair_bias is None else [pair_bias]
-    if recency is not None:
-        query, key = group.query, group.key[:, 1:]
-        asked = recency.q_time.index_select(0, query.flatten()).view(query.shape)
-        times = F.pad(recency.kv_time, (1, 0))  # as the keys: slot 0 is the null slot
-        happened = times.index_select(0, key.flatten()).view(key.shape)
-        bucket = recency_bucket(asked[:, :, None] - happened[:, None, :])
-        given.append(_rows(recency.table, bucket))
-    if position_bias is not None:
-        slot = torch.arange(1, group.key.shape[1], device=end.device)
-        given.append(_rows(position_bias, position_bucket(end[:, :, None] - slot)))
-    return F.pad(sum(given[1:], start=given[0]), (0, 0, 1, 0)) if given else None
-
-
-def _rows(table: Tensor, rows: Tensor) -> Tensor:
-    """table (B, G) at int64 `rows`; the gradient of `index_select` costs a tenth of `embedding`'s."""
-    return table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-
-
-def _dense(
-    q: Tensor,
-    kv: Tensor,
-    *,
-    end: Tensor,
-    bias: Tensor | None,
-    null: bool,
-    pointwise: float | None,
-) -> Tensor:
-    """q (b, t, G, d) over padded kv (b, 1 + l, H, 2d) -> (b, t, G, d)."""
-    b, t, heads, width = q.shape
-    slots, kv_heads = kv.shape[1], kv.shape[2]
-    group = heads // kv_heads
-    k, v = kv.permute(0, 2, 1, 3).split(width, dim=3)  # (b, H, 1 + l, d)
-    grouped = q.view(b, t, kv_heads, group, width).permute(0, 2, 3, 1, 4)  # (b, H, g, t, d)
-    scores = grouped.reshape(b, kv_heads, group * t, width) * width**-0.5 @ k.transpose(2, 3)
-    scores = scores.view(b, kv_heads, group, t, slots)
-    slot = torch.arange(slots, device=q.device)
-    seen = slot <= end[:, :, None]  # slot i + 1 holds key i
-    if not null:
-        seen = seen & (slot > 0)
-    mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, _MASKED)
-    mask = mask[:, None, None]  # (b, 1, 1, t, 1 + l)
-    if bias is not None:
-        # (b, t, 1 + l, G) -> (b, H, g, t, 1 + l)
-        mask = mask + bias.permute(0, 3, 1, 2).unflatten(1, (kv_heads, group))
-    if pointwise is not None:
-        weights = F.silu(scores + mask) / pointwise  # of a masked key it is 0 x -1e30
-    else:
-        weights = torch.softmax(scores + mask, dim=-1)
-    if not null and pointwise is None:
-        weights = weights * (end > 0)[:, None, None, :, None]
-    out = weights.to(v.dtype).view(b, kv_heads, group * t, slots) @ v
-    out = out.view(b, kv_heads, group, t, width).permute(0, 3, 1, 2, 4)
-    return out.reshape(b, t, heads, width)
 
 
 class RecencyBias(nn.Module):
