@@ -30,6 +30,7 @@ from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
 from feature_store.tables import NO_LABEL
 from models import encoders
+from models.metrics import calibration, logloss
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
@@ -314,6 +315,17 @@ def test_the_difference_is_to_the_peer_that_is_best_on_the_validation_day() -> N
     other = replace(results[2].predictions, target_id=results[2].predictions.target_id + 1)
     with pytest.raises(DataError, match="click: ours and a were tested on different labels"):
         table.lines([*results[:2], replace(results[2], predictions=other)], ["a"], {"click": 0.5})
+
+
+def test_recalibrated_predictions_are_as_good_as_those_that_were_spoilt() -> None:
+    rng = np.random.default_rng(0)
+    good = rng.uniform(0.05, 0.6, 20_000)
+    labels = (rng.uniform(size=len(good)) < good).astype(np.int64)
+    spoilt = 1 / (1 + np.exp(0.7 - 2 * np.log(good / (1 - good))))
+    again = table.recalibrated(labels, spoilt)
+    assert logloss(labels, spoilt) > logloss(labels, good) + 0.02
+    assert logloss(labels, again) == pytest.approx(logloss(labels, good), abs=5e-4)
+    assert calibration(labels, again) == pytest.approx(1, abs=1e-3)
 
 
 def test_what_is_wrong_is_said_with_the_remedy(lake, tmp_path: Path) -> None:
