@@ -136,7 +136,8 @@ class _Attention(torch.autograd.Function):
         heads, d = k.shape[1:]
         many = q.shape[1] // heads
         queries = _heads_first(q * d**-0.5, heads)
-        keys, values = _with_null(k, null_key), _with_null(v, null_value)
+        unit = problem.pointwise or 1.0  # of a weight; the values take it, which are fewer
+        keys, values = _with_null(k, null_key), _with_null(v / unit, null_value)
         tables = [None if x is None else x.t().contiguous() for x in (by_age, by_newer, by_pair)]
         pieces, kept = [], []
         for group in problem.groups:
@@ -157,7 +158,7 @@ class _Attention(torch.autograd.Function):
                     _of_keys(weights, group, heads).masked_fill_(nothing, 0.0)
                 kept.append((weights, places))
             else:
-                weights = F.silu(scores) / problem.pointwise
+                weights = F.silu(scores)
                 kept.append((scores, places))
             found = weights @ _taken(values, slots, d)
             pieces.append(found.view(heads, -1, many * d)[:, group.asked])
@@ -191,10 +192,8 @@ class _Attention(torch.autograd.Function):
                 mine = share.index_select(1, once).view(*d_found.shape[:2], 1)
                 d_scores = d_weights.sub_(mine).mul_(weights)
             else:
-                weights = F.silu(of_scores) / problem.pointwise
-                open_ = torch.sigmoid(of_scores)
-                slope = open_ * (1 + of_scores * (1 - open_)) / problem.pointwise
-                d_scores = d_weights.mul_(slope)
+                weights = F.silu(of_scores)
+                d_scores = torch.ops.aten.silu_backward(d_weights, of_scores)
             _add_to(d_values, slots, weights.transpose(1, 2) @ d_found)
             _add_to(d_keys, slots, d_scores.transpose(1, 2) @ query)
             d_query = d_scores @ _taken(keys, slots, d)
@@ -207,6 +206,7 @@ class _Attention(torch.autograd.Function):
                         table.scatter_add_(1, place.flatten().expand(len(table), -1), d_bias)
         d_q = _heads_inside(_in_order(pieces, problem.groups), d) * d**-0.5
         d_k, d_v = d_keys.unflatten(1, (heads, d)), d_values.unflatten(1, (heads, d))
+        d_v = d_v / (problem.pointwise or 1.0)
         d_nulls: list[Tensor | None] = [None, None]
         if ctx.null is not None:
             d_nulls, d_k, d_v = [d_k[0], d_v[0]], d_k[1:], d_v[1:]
