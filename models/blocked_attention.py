@@ -84,6 +84,7 @@ class _Problem(NamedTuple):
     kv_time: Tensor | None
     first_pair: Tensor | None  # (Q,) int64
     pointwise: float | None
+    graded: bool  # whether there will be a backward pass
 
 
 def blocked_prefix_attention(
@@ -107,6 +108,7 @@ def blocked_prefix_attention(
         None if recency is None else recency.kv_time,
         None if pair_bias is None else first_pairs(kv_end),
         pointwise,
+        torch.is_grad_enabled(),
     )
     by_age = None if recency is None else recency.table
     by_newer = None
@@ -156,10 +158,10 @@ class _Attention(torch.autograd.Function):
                 if null_key is None and not bool(group.end.all()):
                     nothing = (group.end == 0)[..., None, None]
                     _of_keys(weights, group, heads).masked_fill_(nothing, 0.0)
-                kept.append((weights, places))
             else:
                 weights = F.silu(scores)
-                kept.append((scores, places))
+            if problem.graded:
+                kept.append((weights if problem.pointwise is None else scores, places))
             found = weights @ _taken(values, slots, d)
             pieces.append(found.view(heads, -1, many * d)[:, group.asked])
         out = _in_order(pieces, problem.groups)

@@ -70,6 +70,14 @@ def test_gradients_repeat_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("pointwise", [None, 20.0])
+def test_it_is_the_same_where_no_gradient_is_asked_for(pointwise: float | None) -> None:
+    given_ = problem([(40, 300), (3, 9)], pointwise=pointwise)
+    with torch.inference_mode():
+        scored = prefix_attention(**given_)
+    assert torch.equal(scored, prefix_attention(**given_).detach())
+
+
 def test_bfloat16_is_as_close_as_bfloat16_is() -> None:
     given_ = problem([(6, 35), (3, 9)])
     narrow = {x: given_[x].bfloat16() for x in ("q", "k", "v", "pair_bias", "position_bias")}
