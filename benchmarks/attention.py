@@ -8,7 +8,8 @@ sequence model: 2 heads of 16, 4 pooling queries. Four kinds of work:
     self              every event over the events before it and itself
     self, biased      the same with learned biases by age and by position, as a self-attention layer has
     targets           some 4 targets of a row, 4 queries each, over the prefix that each sees
-    targets, biased   the same with a learned bias by age and a null slot, as the models pool
+    targets, biased   the same with a learned bias by age and a null slot, as published embeddings
+                      are pooled (a reader's pooling has a bias by pair too)
 
 Peers are `torch.nn.functional.scaled_dot_product_attention`, which picks its kernel itself,
 
@@ -20,8 +21,8 @@ Before anything is timed, every peer's output and gradients are compared with ou
 CPU: nested tensors (no backend), FlexAttention (no backward), varlen_attn (no kernel). On a CPU one thread
 and float32; on a GPU bfloat16, where outputs and gradients may be apart by as much as it rounds.
 
-Below it what a self-attention layer costs under the pooling: a layer of each kind and the pooling of a
-reader, alone, on the same histories. The layer is O(N^2) in the length of a history, pooling O(M N).
+Below it what a self-attention layer costs under the pooling: a layer of each kind and attention pooling,
+alone, on the same histories. The layer is O(N^2) in the length of a history, pooling O(M N).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.flags import listed, parser
+from feature_store.days import DAY_US
 from models.attention import (
     POSITION_BUCKETS,
     RECENCY_BUCKETS,
@@ -54,7 +56,6 @@ from models.sequence import SequenceConfig
 MOST = 1024  # events of a history
 TARGETS = 4  # of a row, on average
 SHAPE = SequenceConfig()
-_DAY_US = 86_400_000_000
 _APART = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest number
 
 
@@ -109,7 +110,7 @@ def histories(median: int, rows: int, device: torch.device) -> EventRows:
     order = torch.argsort(row + age)  # rows stay in order, ascending within
     return EventRows(
         event_offsets=F.pad(lengths.cumsum(0), (1, 0)).to(device),
-        event_time=(age[order] * 30 * _DAY_US).long().to(device),
+        event_time=(age[order] * 30 * DAY_US).long().to(device),
     )
 
 
@@ -142,7 +143,7 @@ def works(events: EventRows, device: torch.device, dtype: torch.dtype) -> list[W
         q_offsets=F.pad(asked.cumsum(0), (1, 0)), kv_offsets=events.event_offsets, kv_end=end,
     )  # fmt: skip
     table = drawn(RECENCY_BUCKETS, heads)
-    at = torch.full_like(end, 30 * _DAY_US)
+    at = torch.full_like(end, 30 * DAY_US)
     biased = replace(
         targets, name="targets, biased", kv_end=end - 1, recency=Recency(at, events.event_time, table),
         null=Null(drawn(*shape), drawn(*shape)),
@@ -280,12 +281,12 @@ def in_turns(
 def of_layers(
     events: EventRows, work: Work, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    """Forward and backward of the pooling of a reader, and of a layer of each kind."""
+    """Forward and backward of attention pooling, and of a layer of each kind."""
     pooling = AttentionPooling.of(SHAPE).to(device, dtype)
     layers = {kind: layer(kind, SHAPE.width, SHAPE.head_dim).to(device, dtype) for kind in Encoder}
     inputs = torch.randn(events.events, SHAPE.width, device=device, dtype=dtype).requires_grad_()
     query = work.q.detach().flatten(1).requires_grad_()
-    at = torch.full_like(work.kv_end, 30 * _DAY_US)
+    at = torch.full_like(work.kv_end, 30 * DAY_US)
 
     def pooled() -> None:
         pooling(
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = "float32, one thread" if device.type == "cpu" else "bfloat16"
     print(f"\n{args.rows} rows, {device.type}, {about}; forward and backward\n")
     print(markdown(attention, "attention"))
-    print(markdown(layers, "a reader's pooling, and one layer under it"))
+    print(markdown(layers, "attention pooling, and one layer under it"))
 
 
 if __name__ == "__main__":

@@ -48,22 +48,26 @@ def normalized_entropy(labels: ArrayLike, predictions: ArrayLike, base_rate: flo
     return logloss(labels, predictions) / entropy(base_rate)
 
 
+def logits(predictions: ArrayLike) -> Array:
+    """Log odds of probabilities, clipped as in `row_logloss`."""
+    p = np.clip(np.asarray(predictions, dtype=np.float64), _EPSILON, 1 - _EPSILON)
+    return np.log(p) - np.log1p(-p)
+
+
 def shift_intercept(labels: ArrayLike, predictions: ArrayLike) -> Array:
     """The predictions with one constant added to every logit, so that their mean is the labels'.
 
     Takes out a base rate that drifted and leaves the ranking. NaN where the labels are one class.
     """
-    y = np.asarray(labels, dtype=np.float64)
-    p = np.clip(np.asarray(predictions, dtype=np.float64), _EPSILON, 1 - _EPSILON)
-    if not y.size or not 0 < y.mean() < 1 or np.isnan(p).any():
-        return np.full(p.shape, np.nan)
-    logits = np.log(p) - np.log1p(-p)
+    y, x = np.asarray(labels, dtype=np.float64), logits(predictions)
+    if not y.size or not 0 < y.mean() < 1 or np.isnan(x).any():
+        return np.full(x.shape, np.nan)
     low, high = -40.0, 40.0
     for _ in range(80):  # bisection: the mean rises with the shift
         middle = (low + high) / 2
-        too_high = _sigmoid(logits + middle).mean() > y.mean()
+        too_high = _sigmoid(x + middle).mean() > y.mean()
         low, high = (low, middle) if too_high else (middle, high)
-    return _sigmoid(logits + (low + high) / 2)
+    return _sigmoid(x + (low + high) / 2)
 
 
 def shifted_normalized_entropy(

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.results import PARTS, Result, by_model, difference, interval_text
-from models.metrics import auc, calibration, normalized_entropy
+from models.metrics import auc, calibration, logits, normalized_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,8 @@ def recalibrated(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     No model could have had them in advance: they tell what its ranking is worth from what its calibration
     costs.
     """
-    p = np.clip(predictions.astype(np.float64), 1e-7, 1 - 1e-7)
-    logits = (np.log(p) - np.log1p(-p))[:, None]
-    fitted = LogisticRegression(C=np.inf).fit(logits, labels)
-    return fitted.predict_proba(logits)[:, 1]
+    x = logits(predictions)[:, None]
+    return LogisticRegression(C=np.inf).fit(x, labels).predict_proba(x)[:, 1]
 
 
 def lines(
