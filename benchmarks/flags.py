@@ -30,6 +30,11 @@ def flags(
     return cli
 
 
+def add_share(cli: argparse.ArgumentParser) -> None:
+    """--share, of the programs that can do with fewer users."""
+    cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
+
+
 def parser(program: str, about: str | None) -> argparse.ArgumentParser:
     """A command line without flags; the arguments are those of `flags`."""
     return argparse.ArgumentParser(

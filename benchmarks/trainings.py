@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.flags import flags
+from benchmarks.flags import add_share, flags
 from benchmarks.ours import Ours
 from benchmarks.results import PARTS, Result, Store, difference, interval_text, mean_ne
 from benchmarks.split import Split, base_rates, newest_split, pins
@@ -38,7 +38,7 @@ def training_flags(program: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser of what `Trainings.asked` reads."""
     found = flags(program, doc)
     found.add_argument("--first", help="day to train from; default: the first of the lake")
-    found.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
+    add_share(found)
     return found
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.flags import check_names, flags, listed
+from benchmarks.flags import add_share, check_names, flags, listed
 from benchmarks.globo import table
 from benchmarks.globo.data import SPLIT, Flat, concat, flat_day
 from benchmarks.results import Result, Store
@@ -58,7 +58,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         help="of --tasks, that peers are trained for; default: all (FuxiCTR: the clicks)",
     )
-    cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
+    add_share(cli)
     cli.add_argument(
         "--tuning-share", type=float, default=0.25, help="of those, for trials of peers"
     )
