@@ -29,14 +29,16 @@ class SumConfig:
         embeddings: K, published per user.
         tables: dimension D and sizes of the embedding tables.
         user: the user tower's modules.
-        mix: the mix tower's modules.
+        mix: the mix tower's modules. Few and plain: what reads the published embeddings has to find in
+            them what this tower finds. Dot products match a user with a candidate hundreds of steps
+            before an MLP or DCN does (docs/results.md).
         dense_tokens: embeddings that the dense user features become.
     """
 
     embeddings: int = 2
     tables: TableConfig = field(default_factory=TableConfig)
     user: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(12, 6)))
-    mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,)))
+    mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,), interactions=("dot",)))
     dense_tokens: int = 4
 
     @property
@@ -46,7 +48,7 @@ class SumConfig:
 
 
 def small() -> SumConfig:
-    """Two modules of MLP and DCN, K=2, D=32: trains on a laptop's CPU."""
+    """Two modules of MLP and DCN, a mix tower of dot products, K=2, D=32: trains on a laptop's CPU."""
     return SumConfig()
 
 

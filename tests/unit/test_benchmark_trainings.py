@@ -86,7 +86,7 @@ def test_rows_are_trained_once_by_their_names_and_seeds(lake, tmp_path, monkeypa
     [
         ("dlrm", "dlrm"),
         ("sequence:depth=2", "depth=2"),
-        ("sum:mix.sizes=2", "'sum:mix.sizes=2' cannot be built: n_out is 2"),
+        ("sum:mix.sizes=1", "'sum:mix.sizes=1' cannot be built: n_out is 1"),
         ("sequence:reversed", "no histories 'reversed'; known are unseen"),
         ("sequence:without=colour", "'without=colour' is no attribute of an event; known are"),
         (f"sequence:{SPEC.streams[0].name}=few", "is not a number of events"),

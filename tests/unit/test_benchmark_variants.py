@@ -126,7 +126,7 @@ def test_differences_are_to_no_embeddings_and_to_the_first_variant(tmp_path: Pat
         (["sum", "sum:nothing=1"], "nothing=1 cannot be set"),
         (["sum", "summ"], "summ"),
         (["sequence", "sequence:shuffled"], "other histories"),
-        (["sum", "sum:mix.sizes=2"], "cannot be built"),
+        (["sum", "sum:mix.sizes=1"], "cannot be built"),
     ],
 )
 def test_a_name_that_cannot_be_published_is_said_before_anything_is_trained(
