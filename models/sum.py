@@ -30,8 +30,8 @@ class SumConfig:
         tables: dimension D and sizes of the embedding tables.
         user: the user tower's modules.
         mix: the mix tower's modules. Few and plain: what reads the published embeddings has to find in
-            them what this tower finds. Dot products match a user with a candidate hundreds of steps
-            before an MLP or DCN does (docs/results.md).
+            them what this tower finds. On the simulated world dot products match a user with a candidate
+            hundreds of steps before MLP and DCN do (docs/results.md).
         dense_tokens: embeddings that the dense user features become.
     """
 
