@@ -140,13 +140,7 @@ def _on_globo(base: Factory) -> Factory:
             training = replace(training, limits=limits, average=0.997, epochs=2)
         return replace(
             found,
-            # the mix tower that the README's report is of; the default's gains a little (docs/results.md)
-            sum=found.sum
-            and replace(
-                found.sum,
-                tables=replace(tables, dim=64),
-                mix=replace(found.sum.mix, interactions=("mlp", "dcn")),
-            ),
+            sum=found.sum and replace(found.sum, tables=replace(tables, dim=64)),
             sequence=found.sequence and replace(found.sequence, tables=tables, members=3),
             hybrid=found.hybrid and replace(found.hybrid, tables=tables, members=3),
             training=training,
