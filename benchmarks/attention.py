@@ -28,7 +28,6 @@ alone, on the same histories. The layer is O(N^2) in the length of a history, po
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.flags import listed, parser
+from benchmarks.timing import in_turns
 from feature_store.days import DAY_US
 from models.attention import (
     POSITION_BUCKETS,
@@ -263,21 +263,6 @@ def check_agreement(work: Work) -> None:
                 raise RuntimeError(f"{work.name}: {name} is apart from ours by {apart:.1e}")
 
 
-def in_turns(
-    of: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
-) -> dict[str, np.ndarray]:
-    """Seconds of each, (rounds,), taken in turns after one round to warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in of}
-    for _ in range(rounds + 1):
-        for name, run in of.items():
-            begun = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            taken[name].append(time.perf_counter() - begun)
-    return {name: np.array(seconds[1:]) for name, seconds in taken.items()}
-
-
 def of_layers(
     events: EventRows, work: Work, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
@@ -344,11 +329,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     for n, attend in {"ours": ours, **PEERS}.items()
                 },
                 rounds=args.rounds,
-                device=device,
+                device=args.device,
             )
             print(f"  {work.name}, median {median}: done", flush=True)
         layers[median, ""] = in_turns(
-            of_layers(events, of_kinds[-1], device, dtype), rounds=args.rounds, device=device
+            of_layers(events, of_kinds[-1], device, dtype),
+            rounds=args.rounds,
+            device=args.device,
         )
     about = "float32, one thread" if device.type == "cpu" else "bfloat16"
     print(f"\n{args.rows} rows, {device.type}, {about}; forward and backward\n")

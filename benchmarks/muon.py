@@ -3,19 +3,20 @@
     python -m benchmarks.muon
     ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.muon       # as on a CPU without AVX-512
 
-Gradients are random. Prints milliseconds of a step and their ratio, and how far apart the two are after
-the steps, as a share of the way (torch iterates in bfloat16).
+Gradients are random, the same at every step. Prints milliseconds of a step and their ratio, and how far
+apart the two are after the steps, as a share of the way (torch iterates in bfloat16).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.flags import parser
+from benchmarks.timing import in_turns
 from feature_store import datasets
 from jobs.training.loop import Learner
 from jobs.training.muon import Muon
@@ -29,20 +30,19 @@ def compare(shapes: Sequence[Sequence[int]], *, steps: int = STEPS) -> tuple[flo
     the distance between what they end at, over the way of torch's."""
     start = [torch.randn(*shape) for shape in shapes]
     mine, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    optimizers = (
-        Muon(mine, lr=0.01),
-        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    for p, q in zip(mine, theirs, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    taken = in_turns(
+        {
+            "ours": Muon(mine, lr=0.01).step,
+            "torch's": torch.optim.Muon(
+                theirs, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            ).step,
+        },
+        rounds=steps,
     )
-    taken: tuple[list[float], list[float]] = ([], [])
-    for _ in range(steps + 1):
-        for p, q in zip(mine, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        for optimizer, seconds in zip(optimizers, taken, strict=True):
-            begun = time.perf_counter()
-            optimizer.step()
-            seconds.append(time.perf_counter() - begun)
-    ours, torchs = (1e3 * float(torch.tensor(seconds[1:]).median()) for seconds in taken)
+    ours, torchs = (1e3 * float(np.median(seconds)) for seconds in taken.values())
     apart = sum(float((p - q).detach().square().sum()) for p, q in zip(mine, theirs, strict=True))
     way = sum(float((q - x).detach().square().sum()) for q, x in zip(theirs, start, strict=True))
     return ours, torchs, (apart / way) ** 0.5

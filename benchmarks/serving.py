@@ -22,9 +22,10 @@ models, a ratio of 1.153; ours are ratios of this small model alone, and no esti
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flags import parser
+from benchmarks.timing import in_turns
 from feature_store import datasets
 from feature_store.days import DAY_US, HOUR_US
 from feature_store.spec import Dataset, Kind
@@ -277,15 +279,14 @@ def parameter_bytes(peer: Peer, asked: Request) -> int:
 @torch.no_grad()  # fused tables know no inference mode
 def latencies(found: Sequence[Peer], asked: Sequence[Request], requests: int) -> list[np.ndarray]:
     """Milliseconds of each peer's requests, after as many that are not counted as there are distinct
-    ones; the peers take turns, so that whatever else the machine does falls on all."""
-    taken = np.empty((len(found), requests))
-    for i in range(-len(asked), requests):
-        for k, peer in enumerate(found):
-            begun = time.perf_counter()
-            peer(asked[i % len(asked)])
-            if i >= 0:
-                taken[k, i] = (time.perf_counter() - begun) * 1e3
-    return list(taken)
+    ones."""
+
+    def serve(peer: Peer, queue: Iterator[Request]) -> None:
+        peer(next(queue))
+
+    served = {str(i): partial(serve, peer, cycle(asked)) for i, peer in enumerate(found)}
+    taken = in_turns(served, rounds=requests, warm_up=len(asked))
+    return [1e3 * seconds for seconds in taken.values()]
 
 
 def measure(

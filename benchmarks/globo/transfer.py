@@ -200,9 +200,7 @@ class Transfer:
             for m in args.models
             for days in LAGS_DAYS
         ]
-        snapshots = {
-            m: Snapshots(dataset=dataset, settings=settings, model=m) for m in args.models
-        }
+        snapshots = {m: Snapshots(dataset=dataset, settings=settings, model=m) for m in args.models}
         unrounded = [Unrounded(lake=lake, snapshots=s, users=users) for s in snapshots.values()]
         fresh = [
             Fresh(snapshots=snapshots[m], lag_hours=hours)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import attention
-from benchmarks.attention import MOST, PEERS, check_agreement, histories, in_turns, markdown, works
+from benchmarks.attention import MOST, PEERS, check_agreement, histories, markdown, works
+from benchmarks.timing import in_turns
 
 CPU = torch.device("cpu")
 
@@ -48,9 +49,7 @@ def test_a_peer_that_computes_something_else_is_found_out(monkeypatch) -> None:
 
 def test_each_takes_its_turn_and_the_ratio_is_by_round() -> None:
     order: list[str] = []
-    taken = in_turns(
-        {name: lambda name=name: order.append(name) for name in ("a", "b")}, rounds=2, device=CPU
-    )
+    taken = in_turns({name: lambda name=name: order.append(name) for name in ("a", "b")}, rounds=2)
     assert order == ["a", "b"] * 3  # one to warm up
     assert all(len(seconds) == 2 for seconds in taken.values())
     table = markdown(
