@@ -99,7 +99,7 @@ class DownstreamTraining:
 
     Args:
         max_train_targets, max_test_targets: above them a share of the users is taken.
-        epochs: passes. One where single ids have embeddings, as upstream.
+        epochs: passes. In one an arm may take too few steps to read an embedding.
         batch_targets: targets of a batch. Small: a model that has taken too few steps tells nothing
             about its inputs.
         learning_rate: of Adam; the tables have theirs.
@@ -107,12 +107,13 @@ class DownstreamTraining:
         bootstrap_samples: of the intervals.
         importance_targets: test targets that permutation importance is measured on.
         threads: of torch on a CPU.
-        tables: dimension and sizes of the embedding tables.
+        tables: of ids. None of items, which would be learned by heart in the second pass; the others
+            start small and learn slowly, or the arm with user features overfits in it.
     """
 
     max_train_targets: int = 80_000
     max_test_targets: int = 30_000
-    epochs: int = 1
+    epochs: int = 2
     batch_targets: int = 256
     learning_rate: float = 2e-3
     average: float = 0.99
@@ -120,7 +121,9 @@ class DownstreamTraining:
     importance_targets: int = 6_000
     threads: int = 1
     tables: TableConfig = field(
-        default_factory=lambda: TableConfig(dim=16, default_rows=2**12, item_rows=2**14)
+        default_factory=lambda: TableConfig(
+            dim=16, default_rows=2**12, item_rows=1, init_scale=0.05, learning_rate=0.01
+        )
     )
 
 
