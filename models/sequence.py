@@ -5,7 +5,7 @@
 
 and for publishing, at a cutoff instead of for a target:
 
-    learned queries, the same pooling over the prefix at the cutoff -> K user embeddings
+    the prefix at the cutoff -> K user embeddings (models.publishing)
     K user embeddings + item and context -> a mix tower of their own -> user_logits
 
 Pooling is O(M N) and not O(N N). Engineering at Meta, "Sequence learning", 2024-11-19.
@@ -25,12 +25,12 @@ from models.clock import DAY_US
 from models.encoders import Encoder, layer
 from models.event import EventEncoder, event_rows
 from models.features import FeaturePlan
-from models.history import stream_numbers, target_pairs, visible_pairs
-from models.numbers import Standardise
+from models.history import target_pairs
 from models.outputs import Outputs
-from models.reader import AttentionPooling, HistoryNumbers, Read, Reader, newest_events
+from models.publishing import UserHead
+from models.reader import HistoryNumbers, Read, Reader, newest_events
 from models.tables import TableConfig, Tables
-from models.towers import MixTower, TargetEncoder, TowerConfig, mlp, of_targets
+from models.towers import MixTower, TargetEncoder, TowerConfig, of_targets
 
 if TYPE_CHECKING:
     from models.hybrid import UserSide
@@ -53,6 +53,8 @@ class SequenceConfig:
         pairs: relate the candidate to each event by `models.pairs`, inside the attention and beside it.
         newest: of the visible events, so many are read as they are too, beside the attention.
         numbers: width of the MLP that reads what is counted and known beside the attention.
+        bags: the published embeddings begin as bags of the ids that candidates share, so that who reads
+            them finds at once what matches.
         members: readers of the history, whose logits are averaged; the cost grows with them.
         mix, user_mix: the interaction modules over the M, and over the K embeddings.
     """
@@ -69,6 +71,7 @@ class SequenceConfig:
     pairs: bool = True
     newest: int = 2
     numbers: int = 192
+    bags: bool = False
     members: int = 1
     mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(6,)))
     user_mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,)))
@@ -130,14 +133,7 @@ class Sequence(nn.Module):
             for _ in range(config.members)
         )
 
-        self.user_pooling = AttentionPooling.of(config)
-        self.user_query = nn.Parameter(torch.randn(self.user_pooling.query_width) * 0.1)
-        self.user_history = Standardise(2 * len(plan.streams))
-        user_inputs = config.queries * dim + 2 * len(plan.streams)
-        self.user_out = mlp(user_inputs, 2 * width, config.embeddings * dim)
-        # a straight way for what was pooled: through the MLP alone it is found several times later
-        self.user_skip = nn.Linear(config.queries * dim, config.embeddings * dim, bias=False)
-        self.user_norm = nn.LayerNorm(dim)
+        self.user = UserHead(plan, config)
         self.user_mix_tower = MixTower(
             self.target.n_tokens + config.embeddings, dim, len(plan.tasks), config=config.user_mix
         )
@@ -149,7 +145,8 @@ class Sequence(nn.Module):
         of_users = [] if self.user_side is None else self.user_side.lookups(batch)
         embeddings = self.tables([*of_events, *of_items, *of_users])
         first, last = len(of_events), len(of_events) + len(of_items)
-        events = self._encode(batch, embeddings[:first])
+        ids = embeddings[:first]
+        events = self._encode(batch, ids)
         of_target = self.target.numbers(batch)
         tokens, dense = self.target(batch, embeddings[first:last], of_target)
         pairs = target_pairs(batch)
@@ -163,7 +160,7 @@ class Sequence(nn.Module):
             events, tokens, dense, nightly, newest, torch.cat(known, dim=1), pairs, of_pairs
         )
         members = torch.stack([reader(batch, read) for reader in self.readers])
-        users = self._users(batch, events, *served_prefix(batch, self.plan))
+        users = self.user(batch, events, ids, *served_prefix(batch, self.plan))
         expanded = of_targets(batch, users)
         user_logits = self.user_mix_tower(torch.cat([tokens, expanded], dim=1), dense)
         return Outputs(members.mean(0), user_logits, users, members)
@@ -179,30 +176,14 @@ class Sequence(nn.Module):
         Returns:
             (R, K, D) float32.
         """
-        events = self._encode(batch, self.tables(self.event.lookups(batch)))
-        return self._users(batch, events, end, at)
+        ids = self.tables(self.event.lookups(batch))
+        return self.user(batch, self._encode(batch, ids), ids, end, at)
 
     def _encode(self, batch: Batch, embeddings: list[Tensor]) -> Tensor:
         events = self.event(batch, embeddings)
         for encode in self.layers:
             events = encode(events, batch)
         return events
-
-    def _users(self, batch: Batch, events: Tensor, end: Tensor, at: Tensor) -> Tensor:
-        rows = torch.arange(batch.rows + 1, device=end.device)
-        pooled = self.user_pooling(
-            events,
-            self.user_query.expand(batch.rows, -1),
-            batch=batch,
-            q_offsets=rows,
-            end=end,
-            at=at,
-        )
-        pairs = visible_pairs(batch.event_offsets, rows[:-1], end)
-        numbers = self.user_history(stream_numbers(batch, pairs, at, self.plan))
-        pooled = pooled.flatten(1)
-        mixed = self.user_out(torch.cat([pooled, numbers], dim=1)) + self.user_skip(pooled)
-        return self.user_norm(mixed.unflatten(1, (self.config.embeddings, self.config.dim)))
 
 
 def served_prefix(batch: Batch, plan: FeaturePlan) -> tuple[Tensor, Tensor]:

@@ -103,13 +103,25 @@ def _sum() -> Preset:
     return Preset(architecture=Architecture.SUM, sum=SumConfig(tables=_small_tables()))
 
 
+def _quick_tables() -> TableConfig:
+    """With them users and candidates match within some hundred steps: ten small days have no more."""
+    return replace(_small_tables(), init_scale=0.6)
+
+
 def _quick_sum() -> Preset:
-    """Finds within some hundred steps how users and candidates match: ten small days have no more."""
-    shape = SumConfig(tables=replace(_small_tables(), init_scale=0.6))
+    shape = SumConfig(tables=_quick_tables())
     return Preset(
         architecture=Architecture.SUM,
         sum=replace(shape, user=replace(shape.user, interactions=("dot",))),
         training=TrainingConfig(limits=Limits(max_targets=256)),
+    )
+
+
+def _quick_sequence() -> Preset:
+    shape = SequenceConfig(tables=_quick_tables(), bags=True)
+    return Preset(
+        architecture=Architecture.SEQUENCE,
+        sequence=replace(shape, user_mix=replace(shape.user_mix, interactions=("dot",))),
     )
 
 
@@ -183,7 +195,7 @@ _DOWNSTREAM = {
 }
 
 _USUAL: dict[str, Factory] = {"sum": _sum, "sequence": _sequence, "hybrid": _hybrid}
-_SIMULATED: dict[str, Factory] = {**_USUAL, "sum": _quick_sum}
+_SIMULATED: dict[str, Factory] = {**_USUAL, "sum": _quick_sum, "sequence": _quick_sequence}
 _GLOBO: dict[str, Factory] = {name: _on_globo(base) for name, base in _USUAL.items()}
 
 _BY_NAME = _with_shift(_USUAL)

@@ -19,8 +19,10 @@ from models.history import (
     match_width,
     stream_numbers,
     target_pairs,
+    visible_pairs,
 )
 from models.numbers import Standardise
+from models.publishing import RecencyBags
 from models.reader import newest_events
 from models.sequence import served_prefix
 from tests.batches import random_batch
@@ -110,6 +112,31 @@ def test_the_served_prefix_is_what_the_nightly_job_had(batch: Batch) -> None:
         mine = slice(int(batch.event_offsets[row]), int(batch.event_offsets[row + 1]))
         assert int(end[row]) == int((batch.event_available[mine] < cutoff).sum())
         assert day_of(cutoff, TINY.utc_offset) == shift(ds, -1)
+
+
+def test_bags_equal_a_loop(batch: Batch) -> None:
+    torch.manual_seed(0)
+    bags = RecencyBags(PLAN, scale=2.0)
+    with torch.no_grad():
+        bags.stream.copy_(torch.randn(1, 2))
+        bags.log_rate.fill_(0.3)
+    ((name, index),) = bags.attributes
+    embeddings = [torch.randn(batch.events, 8) for _ in PLAN.event_ids]
+    end, at = served_prefix(batch, PLAN)
+    pairs = visible_pairs(batch.event_offsets, torch.arange(batch.rows), end)
+    found = bags(batch, embeddings, pairs, at)
+    for row in range(batch.rows):
+        start = int(batch.event_offsets[row])
+        total, count = torch.zeros(8), 1.0
+        for e in range(start, start + int(end[row])):
+            if batch.event_ids[name][e] == -1:
+                continue
+            days = (int(at[row]) - int(batch.event_time[e])) / DAY_US
+            stream = bags.stream[0, int(batch.event_stream[e])].item()
+            weight = math.exp(stream - days * math.exp(0.3))
+            total, count = total + weight * embeddings[index][e], count + weight
+        torch.testing.assert_close(found[row, 0], 2 * total / count)
+    assert (found == 0).all(dim=2).any() and (found != 0).any()
 
 
 def test_standardised_numbers_have_unit_size_and_missing_ones_are_zero() -> None:

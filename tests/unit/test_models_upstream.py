@@ -32,15 +32,18 @@ def make_sum(spec: Dataset = TINY, **changes: Any) -> Sum:
     return Sum(feature_plan(spec), SumConfig(tables=TABLES, **changes))
 
 
-def make_sequence(spec: Dataset = TINY, **changes: Any) -> Sequence:
+def make_sequence(
+    spec: Dataset = TINY, *, tables: TableConfig = TABLES, **changes: Any
+) -> Sequence:
     torch.manual_seed(0)
-    config = SequenceConfig(tables=TABLES, width=16, head_dim=8, **changes)
+    config = SequenceConfig(tables=tables, width=16, head_dim=8, **changes)
     return Sequence(feature_plan(spec), config)
 
 
 MAKERS = {
     "sum": make_sum,
     "sequence": make_sequence,
+    "sequence with bags": lambda spec=TINY: make_sequence(spec, bags=True),
     "sequence with layers": lambda spec=TINY: make_sequence(spec, layers=2),
     "sequence with HSTU layers": lambda spec=TINY: make_sequence(spec, layers=2, encoder="hstu"),
 }
@@ -177,8 +180,9 @@ def test_the_position_bias_of_a_layer_counts_back_from_the_event_itself() -> Non
     torch.testing.assert_close(attended[~later], v[~later])
 
 
-def test_published_embeddings_see_the_prefix_and_nothing_after_it() -> None:
-    model = make_sequence().eval()
+@pytest.mark.parametrize("bags", [False, True])
+def test_published_embeddings_see_the_prefix_and_nothing_after_it(bags: bool) -> None:
+    model = make_sequence(bags=bags).eval()
     batch = random_batch(TINY, rows=10, targets=0)
     lengths = batch.event_offsets.diff()
     at = torch.full_like(lengths, int(batch.event_available.max()) + 1)
@@ -189,14 +193,28 @@ def test_published_embeddings_see_the_prefix_and_nothing_after_it() -> None:
     torch.testing.assert_close(none, none[:1].expand_as(none))
 
 
-def test_published_embeddings_are_the_ones_that_were_trained() -> None:
-    model = make_sequence().eval()
+@pytest.mark.parametrize("bags", [False, True])
+def test_published_embeddings_are_the_ones_that_were_trained(bags: bool) -> None:
+    model = make_sequence(bags=bags).eval()
     batch = random_batch(TINY, rows=10)
     users = model.user_embeddings(batch, *served_prefix(batch, model.plan))
     lookups = model.target.lookups(batch)
     tokens, dense = model.target(batch, model.tables(lookups))
     mixed = torch.cat([tokens, users[batch.row_of_target]], dim=1)
     torch.testing.assert_close(model.user_mix_tower(mixed, dense), model(batch).user_logits)
+
+
+def test_an_embedding_begins_in_the_direction_of_what_the_user_met() -> None:
+    model = make_sequence(bags=True, tables=replace(TABLES, item_init_scale=0.3)).eval()
+    batch = random_batch(TINY, rows=40)
+    end = batch.event_offsets.diff().clamp(max=1)  # the oldest event of each user
+    at = batch.event_time.index_select(0, batch.event_offsets[:-1])
+    first = batch.event_offsets[:-1][end > 0]
+    rows = model.tables(model.event.lookups(batch))[0].index_select(0, first)
+    known = batch.event_ids["article"].index_select(0, first) != -1
+    users = model.user_embeddings(batch, end, at)[end > 0][:, 0]
+    alike = torch.cosine_similarity(users, rows, dim=1)
+    assert known.sum() > 10 and alike[known].mean() > 0.4 > alike[~known].abs().mean()
 
 
 def test_the_pooled_embeddings_are_keyed_by_the_item() -> None:
