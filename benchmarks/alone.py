@@ -1,4 +1,4 @@
-"""A downstream model that reads context, item and one upstream model's embeddings alone.
+"""A downstream model that reads context, item and one upstream model's embeddings alone, and its yardsticks.
 
 In rounds: it trains on the targets of some days, each with the embeddings of the day before it, and
 is tested on the day after them. Training leaves the held-out users out, as the pipeline's does.
@@ -38,6 +38,7 @@ from jobs.training.rows import Rows
 ROUNDS = 4  # newest ones
 ALL_TASKS = "mean over the tasks"
 CONTEXT = "context"  # and item: the downstream model without any embeddings
+AGGREGATES = "aggregates"  # and context and item: with the hand-made user features in their place
 _SOURCE = "upstream"
 
 Part = Callable[[Sequence[Rows]], Sequence[Rows]]
@@ -100,7 +101,9 @@ class RoundRows:
     test: list[Rows]
 
 
-def decode(lake: Lake, dataset: Dataset, task: Task, days: Round) -> RoundRows:
+def decode(
+    lake: Lake, dataset: Dataset, task: Task, days: Round, *, user_features: bool = False
+) -> RoundRows:
     """The labelled rows of a round, of a share of the users where there are too many targets."""
 
     def rows(shown: Sequence[str], users: Users, most: int) -> dict[str, list[Rows]]:
@@ -112,8 +115,8 @@ def decode(lake: Lake, dataset: Dataset, task: Task, days: Round) -> RoundRows:
         return {
             ds: list(
                 labelled_rows(
-                    lake, dataset, day.shown, users=users, history=False, user_features=False,
-                    seed=1, share=share,
+                    lake, dataset, day.shown, users=users, history=False,
+                    user_features=user_features, seed=1, share=share,
                 )
             )
             for ds, day in found.items()
@@ -143,7 +146,12 @@ def announce(task: Task, done: Round) -> None:
 
 
 def fit(
-    dataset: Dataset, task: Task, training: Sequence[Loaded], *, seed: int
+    dataset: Dataset,
+    task: Task,
+    training: Sequence[Loaded],
+    *,
+    seed: int,
+    user_features: bool = False,
 ) -> Callable[[Sequence[Loaded]], Scored]:
     """Train on batches that all have, or all lack, embeddings; what it gives predicts such batches."""
 
@@ -154,7 +162,10 @@ def fit(
         )  # fmt: skip
 
     arm = ArmConfig(
-        name="alone", title="alone", user_features=False, sources=tuple(training[0].published)
+        name="alone",
+        title="alone",
+        user_features=user_features,
+        sources=tuple(training[0].published),
     )
     model = comparison([]).train(arm)
     return lambda test: comparison(test).predict(model, arm)
@@ -168,7 +179,12 @@ def label_counts(dataset: Dataset, task: Task, rows: Mapping[str, Sequence[Rows]
 
 
 def measure(
-    progressive: Progressive, *, seed: int, parts: Mapping[str, Part], embeddings: bool
+    progressive: Progressive,
+    *,
+    seed: int,
+    parts: Mapping[str, Part],
+    embeddings: bool,
+    user_features: bool = False,
 ) -> tuple[Predictions, dict[str, Any]]:
     """Train upstream; and downstream, in each part on its own, with the pooled embeddings.
 
@@ -176,6 +192,7 @@ def measure(
         parts: by name, what of some rows is in it. Where a task has labels of one kind only there, it
             is left out.
         embeddings: whether the downstream model reads any; if not, nothing is trained upstream.
+        user_features: whether it reads the hand-made ones.
 
     Returns:
         Predictions by part; and facts: base_rates by part and task, upstream_ne by task, seconds.
@@ -197,7 +214,7 @@ def measure(
     for task in dataset.tasks:
         for each in rounds(lake, dataset, task, progressive.days):
             tested.add(each.test)
-            rows = decode(lake, dataset, task, each)
+            rows = decode(lake, dataset, task, each, user_features=user_features)
             for name, part in parts.items():
                 mine = {ds: part(of) for ds, of in rows.training.items()}
                 seen = label_counts(dataset, task, mine)
@@ -206,7 +223,7 @@ def measure(
                 of_part = counts.setdefault(name, {})
                 of_part[task.name] = of_part.get(task.name, 0) + seen
                 training = [item for ds, of in mine.items() for item in batches(of, ds)]
-                predict = fit(dataset, task, training, seed=seed)
+                predict = fit(dataset, task, training, seed=seed, user_features=user_features)
                 found.append(of_scored(dataset, name, predict(batches(part(rows.test), each.test))))
             announce(task, each)
     rates = {
@@ -254,12 +271,23 @@ class Program:
 
     def beside_context(self, models: Sequence[str], parts: Mapping[str, Part]) -> list[Result]:
         """What `measure` finds in `parts`, of no embeddings first, then of each upstream model."""
-        about = {"parts": list(parts)}
-        find = partial(measure, parts=parts)
-        found = self.results(CONTEXT, models[0], partial(find, embeddings=False), **about)
+        found = self.measured(CONTEXT, models[0], parts, embeddings=False)
         for model in models:
-            found += self.results(model, model, partial(find, embeddings=True), **about)
+            found += self.measured(model, model, parts, embeddings=True)
         return found
+
+    def measured(
+        self,
+        name: str,
+        upstream: str,
+        parts: Mapping[str, Part],
+        *,
+        embeddings: bool,
+        user_features: bool = False,
+    ) -> list[Result]:
+        """What `measure` finds in `parts`, by seed."""
+        find = partial(measure, parts=parts, embeddings=embeddings, user_features=user_features)
+        return self.results(name, upstream, find, parts=list(parts))
 
     def results(
         self,

@@ -5,7 +5,8 @@
 
 Names are as in `benchmarks/ours.py`, without histories. Each is trained day by day; its embeddings of the
 day before, pooled over three days as they are published, go to a downstream model of context and item,
-trained on some days and evaluated on the day after them. Two figures decide a default: the NE of the
+trained on some days and evaluated on the day after them; beside them the same model without any
+embeddings, and with the hand-made aggregates in their place. Two figures decide a default: the NE of the
 upstream model, in progressive validation, and that of the downstream model, which is what embeddings
 are for; arxiv 2311.09544 finds that a larger mix tower helps the first and not the second. Means over
 seeds and over the newest test days; paired bootstrap over users. Reads the lake in HEADWATER_HOME;
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.alone import ALL_TASKS, CONTEXT, Program, report
+from benchmarks.alone import AGGREGATES, ALL_TASKS, CONTEXT, Program, report
 from benchmarks.flags import flags, listed
 from benchmarks.progressive import publishable
 from benchmarks.results import Result, by_model, difference, interval_text, mean_ne
@@ -35,9 +36,10 @@ class Line:
     """One variant and one task, or the mean over the tasks; means over the seeds.
 
     Args:
-        model: its name, or `context`, the downstream model without any embeddings.
-        upstream_ne: of the variant itself, on the same days; None of `context`.
+        model: its name, or `context`, the downstream model without any embeddings, or `aggregates`.
+        upstream_ne: of the variant itself, on the same days; None of the last two.
         ne: of the downstream model.
+        recovered: the gain over `context`, as a share of what `aggregates` gain; NaN where that is none.
         to_context, to_first: that less the NE of `context`, and of the first variant.
     """
 
@@ -46,26 +48,31 @@ class Line:
     seeds: int
     upstream_ne: float | None
     ne: float
+    recovered: float
     to_context: Interval
     to_first: Interval
 
 
 def lines(results: Sequence[Result]) -> list[Line]:
-    """By task, the mean over the tasks first; `context` first, then the variants in their order."""
+    """By task, the mean over the tasks first; `context`, the variants in their order, `aggregates`."""
     models = by_model(results)
     _, first, *_ = models
     rates = results[0].facts["base_rates"][_PART]
     tasks = {ALL_TASKS: rates, **{name: {name: rate} for name, rate in rates.items()}}
     found = []
     for task, chosen in tasks.items():
+        context = mean_ne(models[CONTEXT], _PART, chosen)
+        yardstick = context - mean_ne(models[AGGREGATES], _PART, chosen)
         for model, of in models.items():
+            ne = mean_ne(of, _PART, chosen)
             judged = [r.facts["upstream_ne"] for r in of]
-            upstream = [ne[t] for ne in judged for t in chosen if t in ne]
+            upstream = [by_task[t] for by_task in judged for t in chosen if t in by_task]
             found.append(
                 Line(
                     task=task, model=model, seeds=len(of),
                     upstream_ne=float(np.mean(upstream)) if upstream else None,
-                    ne=mean_ne(of, _PART, chosen),
+                    ne=ne,
+                    recovered=(context - ne) / yardstick if yardstick else float("nan"),
                     to_context=difference(of, _PART, models[CONTEXT], _PART, chosen),
                     to_first=difference(of, _PART, models[first], _PART, chosen),
                 )
@@ -80,14 +87,16 @@ def markdown(found: Sequence[Line]) -> str:
     for task in dict.fromkeys(line.task for line in found):
         out += [
             f"\n### {task}\n",
-            f"| upstream | its NE | NE downstream | less {CONTEXT}, 95 % | less {first}, 95 % |",
-            "|---|---|---|---|---|",
+            f"| upstream | its NE | NE downstream | less {CONTEXT}, 95 % | recovered | less {first}, 95 % |",
+            "|---|---|---|---|---|---|",
         ]
         for x in (x for x in found if x.task == task):
             own = "" if x.upstream_ne is None else f"{x.upstream_ne:.4f}"
             to_context = "" if x.model == CONTEXT else interval_text(x.to_context)
+            recovered = "" if x.model == CONTEXT else f"{x.recovered:.0%}"
             to_first = "" if x.model in (CONTEXT, first) else interval_text(x.to_first)
-            out.append(f"| {x.model} | {own} | {x.ne:.4f} | {to_context} | {to_first} |")
+            cells = (x.model, own, f"{x.ne:.4f}", to_context, recovered, to_first)
+            out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
 
 
@@ -101,7 +110,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(program: Program) -> list[Result]:
-    """Every variant, none first, and every seed: what is done, is read.
+    """No embeddings, every variant and the aggregates, with every seed: what is done, is read.
 
     Raises:
         SpecError: --models names none, or not a model that can be published; none is trained then.
@@ -111,7 +120,11 @@ def run(program: Program) -> list[Result]:
         raise SpecError("--models is empty: name a model, then its variants")
     for name in names:
         publishable(program.dataset, name)
-    return program.beside_context(names, {_PART: list})
+    parts = {_PART: list}
+    found = program.beside_context(names, parts)
+    return found + program.measured(
+        AGGREGATES, names[0], parts, embeddings=False, user_features=True
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -99,9 +99,9 @@ def test_each_domain_reads_the_pooled_embeddings_of_the_day_before(monkeypatch) 
         (surface,) = surfaces
         return surface, found
 
-    def spied(spec, task, training, *, seed):
+    def spied(spec, task, training, **reading):
         seen.append(reads(training))
-        predict = fit(spec, task, training, seed=seed)
+        predict = fit(spec, task, training, **reading)
 
         def predicting(test):
             seen.append(reads(test))

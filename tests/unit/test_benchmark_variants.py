@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import variants
-from benchmarks.alone import ALL_TASKS, CONTEXT, Program, label_counts
+from benchmarks.alone import AGGREGATES, ALL_TASKS, CONTEXT, Program, label_counts
 from benchmarks.progressive import Progressive
 from benchmarks.variants import Line, arguments, lines, markdown
 from feature_store.days import shift
@@ -103,12 +103,16 @@ def test_differences_are_to_no_embeddings_and_to_the_first_variant(tmp_path: Pat
     assert list(tasks) == [ALL_TASKS, "click", "buy"]
     for task in tasks:
         lines_of = by_name(found, task)
-        assert list(lines_of) == [CONTEXT, *MODELS]
+        assert list(lines_of) == [CONTEXT, *MODELS, AGGREGATES]
         context, first = lines_of[CONTEXT], lines_of[MODELS[0]]
         for line in lines_of.values():
             assert line.to_context.mean == pytest.approx(line.ne - context.ne, abs=1e-9)
             assert line.to_first.mean == pytest.approx(line.ne - first.ne, abs=1e-9)
+        yardstick = lines_of[AGGREGATES]
         assert context.upstream_ne is None and context.to_context.mean == 0
+        assert yardstick.upstream_ne is None and yardstick.recovered == 1 and context.recovered == 0
+        gain, all_of_it = first.to_context.mean, yardstick.to_context.mean
+        assert all_of_it != 0 and first.recovered == pytest.approx(gain / all_of_it, abs=1e-6)
         assert first.ne != context.ne
         # all of them read the same embeddings here
         assert lines_of[MODELS[1]].to_first.mean == 0
@@ -116,7 +120,7 @@ def test_differences_are_to_no_embeddings_and_to_the_first_variant(tmp_path: Pat
         wanted = np.mean([of[t] for of in UPSTREAM_NE[4:6] for t in chosen])
         assert first.upstream_ne == pytest.approx(wanted)
     text = markdown(found)
-    assert f"| {CONTEXT} |  | {by_name(found, 'click')[CONTEXT].ne:.4f} |  |  |" in text
+    assert f"| {CONTEXT} |  | {by_name(found, 'click')[CONTEXT].ne:.4f} |  |  |  |" in text
 
 
 @pytest.mark.parametrize(
