@@ -95,10 +95,11 @@ class UserHead(nn.Module):
         self.pooling = AttentionPooling.of(config)
         self.query = nn.Parameter(torch.randn(self.pooling.query_width) * 0.1)
         self.history = Standardise(2 * len(plan.streams))
-        # rows of the tables start uniform: a bag of one id then has unit size, as what is pooled has
-        scale = 3**0.5 / config.tables.init_scale
-        self.bags = RecencyBags(plan, scale=scale) if config.bags and plan.matches else None
-        tokens = config.queries + (0 if self.bags is None else self.bags.bags)
+        self.bags, tokens = None, config.queries
+        if config.bags and plan.matches:
+            # rows of the tables start uniform: a bag of one id then has unit size, as what is pooled has
+            self.bags = RecencyBags(plan, scale=3**0.5 / config.tables.init_scale)
+            tokens += self.bags.bags
         n_in, n_out = tokens * config.dim, config.embeddings * config.dim
         self.mixed = mlp(n_in + 2 * len(plan.streams), 2 * config.width, n_out)
         # a straight way: through the MLP alone what was pooled is found several times later
