@@ -285,7 +285,7 @@ class Program:
         embeddings: bool,
         user_features: bool = False,
     ) -> list[Result]:
-        """What `measure` finds in `parts`, by seed."""
+        """What `measure` finds in `parts`, by seed, of a downstream model that reads what is asked for."""
         find = partial(measure, parts=parts, embeddings=embeddings, user_features=user_features)
         return self.results(name, upstream, find, parts=list(parts))
 

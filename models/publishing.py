@@ -4,9 +4,10 @@
     per attribute that candidates share: recency-weighted bag of its ids ------+-> K user embeddings
     how much of each stream is visible, how long ago the newest was -----------+
 
-A bag is made of the very rows that a candidate is looked up in, and the K embeddings begin as the bags:
-their dot product says from the first step on whether the user has met what the candidate is. Through the
-event model, pooling and an MLP the same has to be found, and in ten small days is not (docs/results.md).
+A bag is made of the very rows that a candidate is looked up in, and the K embeddings begin in the bags'
+directions: their dot product hints from the first step on whether the user has met what the candidate is.
+Through the event model, pooling and an MLP the same has to be found, and in ten small days is not
+(docs/results.md).
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class UserHead(nn.Module):
         self.straight = nn.Linear(n_in, n_out, bias=False)
         with torch.no_grad():
             ways = self.straight.weight.view(config.embeddings, config.dim, tokens, config.dim)
-            for i in range(tokens - config.queries):
-                ways[i % config.embeddings, :, config.queries + i] += torch.eye(config.dim)
+            for i, bag in enumerate(range(config.queries, tokens)):
+                ways[i % config.embeddings, :, bag] += torch.eye(config.dim)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(

@@ -53,8 +53,8 @@ class SequenceConfig:
         pairs: relate the candidate to each event by `models.pairs`, inside the attention and beside it.
         newest: of the visible events, so many are read as they are too, beside the attention.
         numbers: width of the MLP that reads what is counted and known beside the attention.
-        bags: the published embeddings begin as bags of the ids that candidates share, so that who reads
-            them finds at once what matches.
+        bags: the published embeddings begin in the direction of bags of the ids that candidates share
+            (`models.publishing`).
         members: readers of the history, whose logits are averaged; the cost grows with them.
         mix, user_mix: the interaction modules over the M, and over the K embeddings.
     """
@@ -133,7 +133,7 @@ class Sequence(nn.Module):
             for _ in range(config.members)
         )
 
-        self.user = UserHead(plan, config)
+        self.user_head = UserHead(plan, config)
         self.user_mix_tower = MixTower(
             self.target.n_tokens + config.embeddings, dim, len(plan.tasks), config=config.user_mix
         )
@@ -160,7 +160,7 @@ class Sequence(nn.Module):
             events, tokens, dense, nightly, newest, torch.cat(known, dim=1), pairs, of_pairs
         )
         members = torch.stack([reader(batch, read) for reader in self.readers])
-        users = self.user(batch, events, ids, *served_prefix(batch, self.plan))
+        users = self.user_head(batch, events, ids, *served_prefix(batch, self.plan))
         expanded = of_targets(batch, users)
         user_logits = self.user_mix_tower(torch.cat([tokens, expanded], dim=1), dense)
         return Outputs(members.mean(0), user_logits, users, members)
@@ -177,7 +177,7 @@ class Sequence(nn.Module):
             (R, K, D) float32.
         """
         ids = self.tables(self.event.lookups(batch))
-        return self.user(batch, self._encode(batch, ids), ids, end, at)
+        return self.user_head(batch, self._encode(batch, ids), ids, end, at)
 
     def _encode(self, batch: Batch, embeddings: list[Tensor]) -> Tensor:
         events = self.event(batch, embeddings)
