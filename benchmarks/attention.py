@@ -40,18 +40,18 @@ from torch.nn import functional as F
 from benchmarks.flags import listed, parser
 from benchmarks.timing import in_turns
 from feature_store.days import DAY_US
-from models.attention import (
+from models.attention import prefix_attention
+from models.attention_inputs import (
     POSITION_BUCKETS,
     RECENCY_BUCKETS,
     Null,
     Recency,
     position_bucket,
-    prefix_attention,
     recency_bucket,
 )
 from models.encoders import Encoder, layer
 from models.reader import AttentionPooling
-from models.sequence import SequenceConfig
+from models.sequence_config import SequenceConfig
 
 MOST = 1024  # events of a history
 TARGETS = 4  # of a row, on average

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feature_store.errors import SpecError
-from models.attention import first_pairs
+from models.attention_inputs import first_pairs
 from models.batch import Batch
 from models.event import event_positions, event_rows
 from models.features import FeaturePlan

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.attention import (
+from models.attention_inputs import (
     Null,
     Recency,
     cut,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import POSITION_BUCKETS, RecencyBias, prefix_attention
+from models.attention import RecencyBias, prefix_attention
+from models.attention_inputs import POSITION_BUCKETS
 from models.batch import Histories
 from models.event import event_positions
 

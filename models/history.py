@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention import first_pairs
+from models.attention_inputs import first_pairs
 from models.batch import Batch
 from models.features import ITEM, FeaturePlan, Match
 

@@ -20,15 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
 
-from models.batch import Batch
 from models.features import FeaturePlan
-from models.numbers import HINGES, hinges
-from models.sequence import Sequence, SequenceConfig
-from models.sum import UserTower
-from models.tables import Lookup
-from models.towers import TowerConfig, UserEncoder, of_targets
+from models.sequence import Sequence
+from models.sequence_config import SequenceConfig
+from models.sum import UserSide
+from models.towers import TowerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,36 +43,6 @@ class HybridConfig(SequenceConfig):
     dense_tokens: int = 4
 
 
-class UserSide(nn.Module):
-    """SUM's user tower, for a mix tower that is not SUM's.
-
-    Args:
-        plan: the features.
-        config: its shape.
-    """
-
-    def __init__(self, plan: FeaturePlan, config: HybridConfig) -> None:
-        super().__init__()
-        self.encoder = UserEncoder(plan, config.dim, dense_tokens=config.dense_tokens)
-        self.tower = UserTower(
-            self.encoder.n_tokens, config.dim, embeddings=config.user_tokens, config=config.user
-        )
-        self.n_tokens = config.user_tokens
-        self.width = HINGES * (len(plan.user_numbers) + 1)
-        ids = [u.vocabulary for u in plan.user_ids]
-        self.vocabularies = ids + [b.vocabulary for b in plan.bags]
-
-    def lookups(self, batch: Batch) -> list[Lookup]:
-        """One per user attribute and sparse feature, R embeddings each."""
-        return self.encoder.lookups(batch)
-
-    def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of each target's user: the L embeddings (T, L, D), and numbers (T, width) float32."""
-        numbers = self.encoder.numbers(batch)
-        users = self.tower(*self.encoder(batch, embeddings, numbers))
-        return of_targets(batch, users), hinges(numbers).index_select(0, batch.row_of_target)
-
-
 class Hybrid(Sequence):
     """The event sequence model with SUM's user tower in its mix tower.
 
@@ -88,4 +55,11 @@ class Hybrid(Sequence):
     def __init__(
         self, plan: FeaturePlan, config: HybridConfig, *, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__(plan, config, user_side=UserSide(plan, config), device=device)
+        user_side = UserSide(
+            plan,
+            config.dim,
+            embeddings=config.user_tokens,
+            config=config.user,
+            dense_tokens=config.dense_tokens,
+        )
+        super().__init__(plan, config, user_side=user_side, device=device)

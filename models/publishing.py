@@ -12,8 +12,6 @@ Through the event model, pooling and an MLP the same has to be found, and in ten
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +21,8 @@ from models.features import FeaturePlan
 from models.history import Pairs, stream_numbers, visible_pairs
 from models.numbers import Standardise
 from models.reader import AttentionPooling
+from models.sequence_config import SequenceConfig
 from models.towers import mlp
-
-if TYPE_CHECKING:
-    from models.sequence import SequenceConfig
 
 
 class RecencyBags(nn.Module):

@@ -12,21 +12,20 @@ worth as much on the click tasks of Globo as anything that we know to tell it (d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.attention import Null, RecencyBias, prefix_attention
+from models.attention import RecencyBias, prefix_attention
+from models.attention_inputs import Null
 from models.batch import Batch
 from models.features import FeaturePlan
 from models.history import Pairs, match_numbers, match_width, stream_numbers
 from models.numbers import HINGES, Standardise, hinges
 from models.pairs import PairEncoder, PairNumbers
+from models.sequence_config import SequenceConfig
 from models.towers import MixTower, TargetEncoder, mlp
-
-if TYPE_CHECKING:
-    from models.sequence import SequenceConfig
 
 
 class AttentionPooling(nn.Module):

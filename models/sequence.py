@@ -13,73 +13,23 @@ Pooling is O(M N) and not O(N N). Engineering at Meta, "Sequence learning", 2024
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.batch import Batch
 from models.clock import DAY_US
-from models.encoders import Encoder, layer
+from models.encoders import layer
 from models.event import EventEncoder, event_rows
 from models.features import FeaturePlan
 from models.history import target_pairs
 from models.outputs import Outputs
 from models.publishing import UserHead
 from models.reader import HistoryNumbers, Read, Reader, newest_events
-from models.tables import TableConfig, Tables
-from models.towers import MixTower, TargetEncoder, TowerConfig, of_targets
-
-if TYPE_CHECKING:
-    from models.hybrid import UserSide
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequenceConfig:
-    """Shape of an event sequence model.
-
-    Args:
-        embeddings: K, published per user.
-        tables: dimension D and sizes of the embedding tables.
-        width: E, of an event embedding.
-        queries: M, embeddings that the history is pooled to.
-        heads: attention heads of each of them.
-        head_dim: of a head.
-        layers: causal self-attention layers under the pooling; 0 is the base, O(M N).
-        encoder: what kind of layer.
-        matches: give the interaction the exact counts of `models.history` too.
-        pairs: relate the candidate to each event by `models.pairs`, inside the attention and beside it.
-        newest: of the visible events, so many are read as they are too, beside the attention.
-        numbers: width of the MLP that reads what is counted and known beside the attention.
-        bags: the published embeddings begin in the direction of bags of the ids that candidates share
-            (`models.publishing`).
-        members: readers of the history, whose logits are averaged; the cost grows with them.
-        mix, user_mix: the interaction modules over the M, and over the K embeddings.
-    """
-
-    embeddings: int = 2
-    tables: TableConfig = field(default_factory=TableConfig)
-    width: int = 64
-    queries: int = 4
-    heads: int = 2
-    head_dim: int = 16
-    layers: int = 0
-    encoder: Encoder = Encoder.SOFTMAX
-    matches: bool = True
-    pairs: bool = True
-    newest: int = 2
-    numbers: int = 192
-    bags: bool = False
-    members: int = 1
-    mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(6,)))
-    user_mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,)))
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.tables.dim
+from models.sequence_config import SequenceConfig
+from models.sum import UserSide
+from models.tables import Tables
+from models.towers import MixTower, TargetEncoder, of_targets
 
 
 class Sequence(nn.Module):

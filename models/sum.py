@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from models.batch import Batch
 from models.features import FeaturePlan
 from models.interactions import Compress, InteractionConfig, Pyramid
+from models.numbers import HINGES, hinges
 from models.outputs import Outputs
-from models.tables import TableConfig, Tables
+from models.tables import Lookup, TableConfig, Tables
 from models.towers import MixTower, TargetEncoder, TowerConfig, UserEncoder, of_targets
 
 
@@ -84,6 +85,45 @@ class UserTower(nn.Module):
     def forward(self, tokens: Tensor, dense: Tensor) -> Tensor:
         """(R, N_0, D) and (R, D) -> (R, K, D)."""
         return self.norm(self.compress(self.pyramid(tokens, dense)))
+
+
+class UserSide(nn.Module):
+    """The user tower for a mix tower that is not SUM's (`models.hybrid`).
+
+    Args:
+        plan: the features.
+        dim: D.
+        embeddings: L, that the nightly features become.
+        config: the user tower's modules.
+        dense_tokens: embeddings that the dense user features become.
+    """
+
+    def __init__(
+        self,
+        plan: FeaturePlan,
+        dim: int,
+        *,
+        embeddings: int,
+        config: TowerConfig,
+        dense_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.encoder = UserEncoder(plan, dim, dense_tokens=dense_tokens)
+        self.tower = UserTower(self.encoder.n_tokens, dim, embeddings=embeddings, config=config)
+        self.n_tokens = embeddings
+        self.width = HINGES * (len(plan.user_numbers) + 1)
+        ids = [u.vocabulary for u in plan.user_ids]
+        self.vocabularies = ids + [b.vocabulary for b in plan.bags]
+
+    def lookups(self, batch: Batch) -> list[Lookup]:
+        """One per user attribute and sparse feature, R embeddings each."""
+        return self.encoder.lookups(batch)
+
+    def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of each target's user: the L embeddings (T, L, D), and numbers (T, width) float32."""
+        numbers = self.encoder.numbers(batch)
+        users = self.tower(*self.encoder(batch, embeddings, numbers))
+        return of_targets(batch, users), hinges(numbers).index_select(0, batch.row_of_target)
 
 
 class Sum(nn.Module):

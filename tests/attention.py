@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.attention import POSITION_BUCKETS, RECENCY_BUCKETS, Null, Recency
+from models.attention_inputs import POSITION_BUCKETS, RECENCY_BUCKETS, Null, Recency
 
 FLAGS = st.fixed_dictionaries(
     {name: st.booleans() for name in ("recency", "position", "pairs", "null")}

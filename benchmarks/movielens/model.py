@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.movielens.data import Batch
 from feature_store.errors import HeadwaterError
-from models.attention import RECENCY_BUCKETS, recency_bucket
+from models.attention_inputs import RECENCY_BUCKETS, recency_bucket
 from models.encoders import Encoder, layer
 from models.event import event_positions
 

@@ -20,7 +20,8 @@ from jobs.training.config import DownstreamTraining, GateConfig, Shift, Training
 from jobs.training.loader import Limits
 from models.features import feature_plan
 from models.hybrid import Hybrid, HybridConfig
-from models.sequence import Sequence, SequenceConfig, served_prefix
+from models.sequence import Sequence, served_prefix
+from models.sequence_config import SequenceConfig
 from models.sum import Sum, SumConfig
 from models.tables import TableConfig
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.attention import (
+from models.attention_inputs import (
     POSITION_BUCKETS,
     RECENCY_BUCKETS,
     Null,

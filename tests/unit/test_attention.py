@@ -8,12 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from models.attention import (
-    position_bucket,
-    prefix_attention,
-    prefix_attention_reference,
-    recency_bucket,
-)
+from models.attention import prefix_attention, prefix_attention_reference
+from models.attention_inputs import position_bucket, recency_bucket
 from models.history import visible_pairs
 from tests.attention import FLAGS, gradients, problem
 

@@ -11,7 +11,8 @@ from benchmarks.histories import histories, shuffled, stale, unseen
 from models.batch import Batch
 from models.features import feature_plan
 from models.history import target_pairs
-from models.sequence import Sequence, SequenceConfig, served_prefix
+from models.sequence import Sequence, served_prefix
+from models.sequence_config import SequenceConfig
 from tests.batches import random_batch
 from tests.synthetic import dataset
 

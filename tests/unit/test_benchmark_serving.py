@@ -14,7 +14,8 @@ from benchmarks.serving import PUBLISHED, SOURCE, Cost, Peer, Request
 from models.batch import Sparse
 from models.downstream import Downstream, DownstreamConfig, PublishedSource
 from models.features import feature_plan
-from models.sequence import Sequence, SequenceConfig
+from models.sequence import Sequence
+from models.sequence_config import SequenceConfig
 from models.sum import Sum, SumConfig
 from models.tables import TableConfig
 from tests.synthetic import dataset

@@ -20,7 +20,7 @@ from jobs.training.loop import Learner, domain_id, train
 from jobs.training.presets import Architecture, Preset, preset
 from models.batch import Batch
 from models.hybrid import HybridConfig
-from models.sequence import SequenceConfig
+from models.sequence_config import SequenceConfig
 from models.sum import SumConfig
 from models.tables import TableConfig
 from tests.batches import random_batch

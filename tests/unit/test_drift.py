@@ -21,7 +21,7 @@ from models.batch import Batch
 from models.hybrid import HybridConfig
 from models.loss import distillation, embedding_shift, multi_task_loss
 from models.outputs import Outputs
-from models.sequence import SequenceConfig
+from models.sequence_config import SequenceConfig
 from models.sum import SumConfig
 from models.tables import TableConfig
 from tests.batches import random_batch

@@ -14,13 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.attention import (
-    Null,
-    Recency,
-    position_bucket,
-    prefix_attention_reference,
-    recency_bucket,
-)
+from models.attention import prefix_attention_reference
+from models.attention_inputs import Null, Recency, position_bucket, recency_bucket
 from tests.attention import FLAGS, gradients, leaves, problem
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")

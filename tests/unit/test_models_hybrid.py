@@ -14,7 +14,8 @@ from models.batch import Batch
 from models.features import feature_plan
 from models.hybrid import Hybrid, HybridConfig
 from models.loss import multi_task_loss
-from models.sequence import Sequence, SequenceConfig, served_prefix
+from models.sequence import Sequence, served_prefix
+from models.sequence_config import SequenceConfig
 from models.sum import Sum, SumConfig
 from models.tables import TableConfig
 from tests.batches import dense_parameters, loss_of, random_batch

@@ -16,7 +16,8 @@ from models.encoders import Encoder, layer
 from models.event import event_positions
 from models.features import feature_plan
 from models.loss import multi_task_loss
-from models.sequence import Sequence, SequenceConfig, served_prefix
+from models.sequence import Sequence, served_prefix
+from models.sequence_config import SequenceConfig
 from models.sum import PRESETS, Sum, SumConfig
 from models.tables import TableConfig
 from tests.batches import dense_parameters, loss_of, random_batch
