@@ -68,6 +68,8 @@ class Downstream(nn.Module):
 
     The tokens (candidates, user features, published embeddings, the dense embedding) meet in their
     pairwise dot products; those, the tokens themselves and the dense embedding go through an MLP.
+    Published embeddings are standardised first, number by number: what all users have in common is most
+    of a layer-normalised one, and drowns the rest in its dot products with a candidate (docs/results.md).
 
     Args:
         plan: the features.
@@ -96,6 +98,9 @@ class Downstream(nn.Module):
                 self.matches = Standardise(bag_match_width(plan))
                 self.match_dense = nn.Linear(bag_match_width(plan), dim, bias=False)
             n_tokens += self.user.n_tokens
+        self.scaled = nn.ModuleDict(
+            {s.name: Standardise(s.embeddings * s.dim, log=False) for s in config.sources}
+        )
         self.published = nn.ModuleDict(
             {s.name: nn.Linear(s.dim, dim, bias=False) for s in config.sources}
         )
@@ -161,6 +166,7 @@ class Downstream(nn.Module):
         shape = (batch.rows, source.embeddings, source.dim)
         if values.shape != shape:
             raise ValueError(f"{source.name} has shape {tuple(values.shape)}, expected {shape}")
-        known = present.to(torch.bool)[:, None, None]
-        values = torch.where(known, values, torch.zeros_like(values))
-        return torch.where(known, self.published[source.name](values), self.missing[source.name])
+        known = present.to(torch.bool)
+        scaled = self.scaled[source.name](values.flatten(1), known).view(shape)
+        projected = self.published[source.name](scaled)
+        return torch.where(known[:, None, None], projected, self.missing[source.name])

@@ -31,19 +31,23 @@ def hinges(values: Tensor) -> Tensor:
 
 
 class Standardise(nn.Module):
-    """log-squashed features, standardised by running statistics, missing ones 0.
+    """Features standardised by running statistics, log-squashed before that, missing ones 0.
 
     The statistics are those of earlier batches, not of this one (but for the very first), so what
     comes out for a row does not depend on the rows beside it. They are part of the state.
 
     Args:
         features: F.
+        log: squash them first; not what is of one scale already.
         momentum: weight of a new batch once the average has warmed up.
         limit: values are clamped to +-limit standard deviations.
     """
 
-    def __init__(self, features: int, *, momentum: float = 0.02, limit: float = 6.0) -> None:
+    def __init__(
+        self, features: int, *, log: bool = True, momentum: float = 0.02, limit: float = 6.0
+    ) -> None:
         super().__init__()
+        self.log = log
         self.momentum = momentum
         self.limit = limit
         self.register_buffer("mean", torch.zeros(features))
@@ -60,7 +64,7 @@ class Standardise(nn.Module):
         Returns:
             (B, F) float32.
         """
-        values = squash(values)
+        values = squash(values) if self.log else values
         known = ~values.isnan()
         if present is not None:
             known = known & present[:, None]

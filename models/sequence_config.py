@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from models.encoders import Encoder
 from models.tables import TableConfig
-from models.towers import TowerConfig
+from models.towers import MixConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ class SequenceConfig:
     numbers: int = 192
     bags: bool = False
     members: int = 1
-    mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(6,)))
-    user_mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,)))
+    mix: MixConfig = field(default_factory=lambda: MixConfig(sizes=(6,)))
+    user_mix: MixConfig = field(default_factory=lambda: MixConfig(sizes=(4,)))
 
     @property
     def dim(self) -> int:

@@ -19,7 +19,14 @@ from models.interactions import Compress, InteractionConfig, Pyramid
 from models.numbers import HINGES, hinges
 from models.outputs import Outputs
 from models.tables import Lookup, TableConfig, Tables
-from models.towers import MixTower, TargetEncoder, TowerConfig, UserEncoder, of_targets
+from models.towers import (
+    MixConfig,
+    MixTower,
+    TargetEncoder,
+    TowerConfig,
+    UserEncoder,
+    of_targets,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +46,7 @@ class SumConfig:
     embeddings: int = 2
     tables: TableConfig = field(default_factory=TableConfig)
     user: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(12, 6)))
-    mix: TowerConfig = field(default_factory=lambda: TowerConfig(sizes=(4,), interactions=("dot",)))
+    mix: MixConfig = field(default_factory=lambda: MixConfig(sizes=(4,), interactions=("dot",)))
     dense_tokens: int = 4
 
     @property
@@ -60,7 +67,7 @@ def paper() -> SumConfig:
     return SumConfig(
         tables=TableConfig(dim=96),
         user=TowerConfig(sizes=(40, 30, 20, 10), interactions=everything, inside=inside),
-        mix=TowerConfig(sizes=(15, 10), interactions=everything, inside=inside),
+        mix=MixConfig(sizes=(15, 10), interactions=everything, inside=inside),
         dense_tokens=8,
     )
 

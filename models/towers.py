@@ -20,6 +20,8 @@ from models.interactions import InteractionConfig, Pyramid
 from models.numbers import HINGES, Standardise, hinges
 from models.tables import Lookup, bag_weights
 
+_FIRST_WEIGHT = 0.3  # of a direct dot product
+
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
@@ -34,6 +36,17 @@ class TowerConfig:
     sizes: tuple[int, ...]
     interactions: tuple[str, ...] = ("mlp", "dcn")
     inside: InteractionConfig = field(default_factory=InteractionConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig(TowerConfig):
+    """Shape of a mix tower.
+
+    Args:
+        direct: the dot products of all pairs of its tokens are added to the logits as well.
+    """
+
+    direct: bool = False
 
 
 def mlp(n_in: int, hidden: int, n_out: int) -> nn.Sequential:
@@ -138,6 +151,10 @@ class UserEncoder(nn.Module):
 class MixTower(nn.Module):
     """DHEN-style (arXiv 2203.11014): tokens of a target and of its user interact into logits.
 
+    Direct dot products are a factorization machine over the same tokens, with a weight for each pair and
+    task (DeepFM, arXiv 1703.04247): that a user and a candidate match is then learned from the first
+    steps on, where it would have to pass the modules in both directions before.
+
     Args:
         n_in: tokens.
         dim: D.
@@ -147,14 +164,25 @@ class MixTower(nn.Module):
     """
 
     def __init__(
-        self, n_in: int, dim: int, n_tasks: int, *, config: TowerConfig, hidden: int = 64
+        self, n_in: int, dim: int, n_tasks: int, *, config: MixConfig, hidden: int = 64
     ) -> None:
         super().__init__()
         self.pyramid = Pyramid(
             n_in, config.sizes, dim, interactions=config.interactions, config=config.inside
         )
         self.head = mlp(self.pyramid.n_out * dim, hidden, n_tasks)
+        self.pairs: nn.Linear | None = None
+        if config.direct:
+            one, other = torch.triu_indices(n_in, n_in, 1)
+            self.register_buffer("_one", one, persistent=False)
+            self.register_buffer("_other", other, persistent=False)
+            self.pairs = nn.Linear(len(one), n_tasks, bias=False)
+            nn.init.constant_(self.pairs.weight, _FIRST_WEIGHT)
 
     def forward(self, tokens: Tensor, dense: Tensor) -> Tensor:
         """(T, n_in, D) and (T, D) -> logits (T, n_tasks)."""
-        return self.head(self.pyramid(tokens, dense).flatten(1))
+        logits = self.head(self.pyramid(tokens, dense).flatten(1))
+        if self.pairs is not None:
+            dots = torch.bmm(tokens, tokens.transpose(1, 2))[:, self._one, self._other]
+            logits = logits + self.pairs(dots * tokens.shape[2] ** -0.5)
+        return logits

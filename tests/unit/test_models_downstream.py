@@ -86,6 +86,19 @@ def test_a_missing_embedding_is_known_to_be_missing_whatever_lies_there() -> Non
     assert not torch.equal(first, all_there)  # missing is not the same as zero
 
 
+def test_what_all_users_have_in_common_of_an_embedding_is_taken_out() -> None:
+    batch = random_batch(TINY, rows=30)
+    values, present = published(batch)["sum"]
+
+    def logits(values: torch.Tensor) -> torch.Tensor:
+        model = make("context and embeddings")
+        given = {"sum": Published(values, present)}
+        model(batch, given)  # a batch that counts
+        return model.eval()(batch, given)
+
+    torch.testing.assert_close(logits(values * 3 - 20), logits(values), atol=1e-4, rtol=1e-3)
+
+
 def test_embeddings_that_are_not_as_configured_are_refused() -> None:
     model, batch = make("embeddings"), random_batch(TINY)
     with pytest.raises(ValueError, match="give the source 'sum'"):

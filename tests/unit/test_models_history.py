@@ -155,6 +155,19 @@ def test_standardised_numbers_have_unit_size_and_missing_ones_are_zero() -> None
     assert module(torch.tensor([[1e30, -1e30]])).abs().max() <= module.limit
 
 
+def test_without_the_logarithm_only_place_and_scale_are_taken_out() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(1000, 3) * torch.tensor([0.5, 2.0, 7.0]) + torch.tensor([5.0, -3.0, 0.0])
+    module = Standardise(3, log=False)
+    module(data)
+    out = module.eval()(data)
+    torch.testing.assert_close(out.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.var(0, unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
+    other = Standardise(3, log=False)
+    other(data * 4 + 1)
+    torch.testing.assert_close(other.eval()(data * 4 + 1), out, atol=1e-4, rtol=1e-4)
+
+
 def test_numbers_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
     module = Standardise(1)
     for _ in range(3):

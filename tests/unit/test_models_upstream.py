@@ -20,12 +20,14 @@ from models.sequence import Sequence, served_prefix
 from models.sequence_config import SequenceConfig
 from models.sum import PRESETS, Sum, SumConfig
 from models.tables import TableConfig
+from models.towers import MixConfig, MixTower
 from tests.batches import dense_parameters, loss_of, random_batch
 from tests.synthetic import dataset
 from tests.tiny import TINY
 
 TABLES = TableConfig(dim=8, default_rows=64, item_rows=128)
 SPECS = [TINY, dataset()]
+DIRECT = MixConfig(sizes=(4,), interactions=("dot",), direct=True)
 
 
 def make_sum(spec: Dataset = TINY, **changes: Any) -> Sum:
@@ -43,6 +45,7 @@ def make_sequence(
 
 MAKERS = {
     "sum": make_sum,
+    "sum with direct dot products": lambda spec=TINY: make_sum(spec, mix=DIRECT),
     "sequence": make_sequence,
     "sequence with bags": lambda spec=TINY: make_sequence(spec, bags=True),
     "sequence with layers": lambda spec=TINY: make_sequence(spec, layers=2),
@@ -108,6 +111,19 @@ def test_no_user_input_but_the_embeddings_reaches_the_mix_tower() -> None:
     assert torch.equal(model.mix(batch, users), model(batch).logits)
     assert not torch.equal(model.user_embeddings(other), users)
     assert not torch.equal(model.mix(batch, users.flip(0)), model.mix(batch, users))
+
+
+def test_direct_dot_products_are_a_factorization_machine_beside_the_modules() -> None:
+    torch.manual_seed(0)
+    tower = MixTower(3, 8, 2, config=DIRECT).eval()
+    tokens, dense = torch.randn(5, 3, 8), torch.randn(5, 8)
+    modules = tower.head(tower.pyramid(tokens, dense).flatten(1))
+    weight = torch.randn(2, 3)
+    with torch.no_grad():
+        tower.pairs.weight.copy_(weight)
+    x, y, z = tokens.unbind(1)
+    dots = torch.stack([(x * y).sum(1), (x * z).sum(1), (y * z).sum(1)], dim=1) / 8**0.5
+    torch.testing.assert_close(tower(tokens, dense), modules + dots @ weight.T)
 
 
 def test_user_embeddings_of_sum_read_no_target_and_no_event() -> None:
