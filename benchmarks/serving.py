@@ -154,6 +154,7 @@ def peers(dataset: Dataset) -> list[Peer]:
             DownstreamConfig(
                 use_user_features=False,
                 sources=(PublishedSource(name=SOURCE, embeddings=count, dim=dim),),
+                standardise=downstream_training(dataset).standardise,
                 tables=downstream_training(dataset).tables,
             ),
         ).eval()

@@ -48,12 +48,14 @@ class DownstreamConfig:
     Args:
         use_user_features: read the legacy user features: attributes, sparse and dense.
         sources: upstream models whose embeddings are read.
+        standardise: take the mean and the scale of each number of a published embedding out.
         tables: dimension and sizes of the embedding tables.
         hidden: widths of the top MLP.
     """
 
     use_user_features: bool = True
     sources: tuple[PublishedSource, ...] = ()
+    standardise: bool = True
     tables: TableConfig = field(default_factory=lambda: TableConfig(dim=16))
     hidden: tuple[int, int] = (128, 64)
 
@@ -68,8 +70,8 @@ class Downstream(nn.Module):
 
     The tokens (candidates, user features, published embeddings, the dense embedding) meet in their
     pairwise dot products; those, the tokens themselves and the dense embedding go through an MLP.
-    Published embeddings are standardised first, number by number: what all users have in common is most
-    of a layer-normalised one, and drowns the rest in its dot products with a candidate (docs/results.md).
+    What all users have in common is half of a layer-normalised embedding and more, and where there is
+    little to learn from drowns the rest in its dot products with a candidate: standardised, it is gone.
 
     Args:
         plan: the features.
@@ -98,8 +100,9 @@ class Downstream(nn.Module):
                 self.matches = Standardise(bag_match_width(plan))
                 self.match_dense = nn.Linear(bag_match_width(plan), dim, bias=False)
             n_tokens += self.user.n_tokens
+        standardised = config.sources if config.standardise else ()
         self.scaled = nn.ModuleDict(
-            {s.name: Standardise(s.embeddings * s.dim, log=False) for s in config.sources}
+            {s.name: Standardise(s.embeddings * s.dim, log=False) for s in standardised}
         )
         self.published = nn.ModuleDict(
             {s.name: nn.Linear(s.dim, dim, bias=False) for s in config.sources}
@@ -167,6 +170,8 @@ class Downstream(nn.Module):
         if values.shape != shape:
             raise ValueError(f"{source.name} has shape {tuple(values.shape)}, expected {shape}")
         known = present.to(torch.bool)
-        scaled = self.scaled[source.name](values.flatten(1), known).view(shape)
-        projected = self.published[source.name](scaled)
-        return torch.where(known[:, None, None], projected, self.missing[source.name])
+        if self.config.standardise:
+            values = self.scaled[source.name](values.flatten(1), known).view(shape)
+        seen = known[:, None, None]
+        values = torch.where(seen, values, torch.zeros_like(values))
+        return torch.where(seen, self.published[source.name](values), self.missing[source.name])

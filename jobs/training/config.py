@@ -107,6 +107,7 @@ class DownstreamTraining:
         bootstrap_samples: of the intervals.
         importance_targets: test targets that permutation importance is measured on.
         threads: of torch on a CPU.
+        standardise: the published embeddings, number by number, before they are read.
         tables: of ids. None of items, which would be learned by heart in the second pass; the others
             start small and learn slowly, or the arm with user features overfits in it.
     """
@@ -120,6 +121,7 @@ class DownstreamTraining:
     bootstrap_samples: int = 300
     importance_targets: int = 6_000
     threads: int = 1
+    standardise: bool = True
     tables: TableConfig = field(
         default_factory=lambda: TableConfig(
             dim=16, default_rows=2**12, item_rows=1, init_scale=0.05, learning_rate=0.01

@@ -154,6 +154,7 @@ class Comparison:
             DownstreamConfig(
                 use_user_features=arm.user_features,
                 sources=tuple(sources),
+                standardise=self.config.standardise,
                 tables=self.config.tables,
             ),
             device=self.device,

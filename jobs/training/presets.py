@@ -113,7 +113,11 @@ def _quick_sum() -> Preset:
     shape = SumConfig(tables=_quick_tables())
     return Preset(
         architecture=Architecture.SUM,
-        sum=replace(shape, user=replace(shape.user, interactions=("dot",))),
+        sum=replace(
+            shape,
+            user=replace(shape.user, interactions=("dot",)),
+            mix=replace(shape.mix, direct=True),
+        ),
         training=TrainingConfig(limits=Limits(max_targets=256)),
     )
 
@@ -189,9 +193,10 @@ def _by_domain(base: Factory, feature: str, values: Iterable[int]) -> dict[str, 
 _DOWNSTREAM = {
     # chosen on 12 October, after training on 8 to 11; topics as upstream
     "globo": DownstreamTraining(
+        standardise=False,
         tables=replace(
             DownstreamTraining().tables, rows={"topic": 1}, init_scale=0.3, learning_rate=0.05
-        )
+        ),
     ),
 }
 
