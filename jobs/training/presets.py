@@ -126,7 +126,9 @@ def _quick_sequence() -> Preset:
     shape = SequenceConfig(tables=_quick_tables(), bags=True)
     return Preset(
         architecture=Architecture.SEQUENCE,
-        sequence=replace(shape, user_mix=replace(shape.user_mix, interactions=("dot",))),
+        sequence=replace(
+            shape, user_mix=replace(shape.user_mix, interactions=("dot",), direct=True)
+        ),
     )
 
 
