@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.batch import Batch
 from models.features import FeaturePlan
 from models.history import bag_match_numbers, bag_match_width
+from models.interactions import PairwiseDots
 from models.numbers import Standardise
 from models.tables import TableConfig, Tables
 from models.towers import TargetEncoder, UserEncoder, of_targets
@@ -111,10 +112,10 @@ class Downstream(nn.Module):
             {s.name: nn.Parameter(torch.zeros(s.embeddings, dim)) for s in config.sources}
         )
         n_tokens += sum(s.embeddings for s in config.sources)
-        self.register_buffer("_pairs", torch.triu_indices(n_tokens, n_tokens, 1), persistent=False)
+        self.dots = PairwiseDots(n_tokens)
         wide, narrow = config.hidden
         self.top = nn.Sequential(
-            nn.Linear(n_tokens * dim + self._pairs.shape[1], wide),
+            nn.Linear(n_tokens * dim + self.dots.width, wide),
             nn.ReLU(),
             nn.Linear(wide, narrow),
             nn.ReLU(),
@@ -157,8 +158,7 @@ class Downstream(nn.Module):
                 expanded = torch.cat([expanded[:, :last], expanded[:, last + 1 :]], dim=1)
             tokens = torch.cat([tokens, expanded], dim=1)
         x = torch.cat([tokens, dense[:, None]], dim=1)
-        dots = torch.bmm(x, x.transpose(1, 2))[:, self._pairs[0], self._pairs[1]]
-        return self.top(torch.cat([x.flatten(1), dots], dim=1)).squeeze(1)
+        return self.top(torch.cat([x.flatten(1), self.dots(x)], dim=1)).squeeze(1)
 
     def _published(
         self, source: PublishedSource, batch: Batch, published: Mapping[str, Published]

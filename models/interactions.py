@@ -45,6 +45,18 @@ class Compress(nn.Module):
         return self.weight @ x  # (n, N) x (B, N, D) -> (B, n, D)
 
 
+class PairwiseDots(nn.Module):
+    """The dot products of all pairs of N embeddings, (B, N, D) -> (B, N (N - 1) / 2)."""
+
+    def __init__(self, n_in: int) -> None:
+        super().__init__()
+        self.register_buffer("_pairs", torch.triu_indices(n_in, n_in, 1), persistent=False)
+        self.width = self._pairs.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, x.transpose(1, 2))[:, self._pairs[0], self._pairs[1]]
+
+
 class MlpInteraction(nn.Module):
     """An MLP over the flattened embeddings."""
 

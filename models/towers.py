@@ -16,7 +16,7 @@ from models.batch import Batch
 from models.clock import PHASES, phases
 from models.features import FeaturePlan
 from models.history import candidate_ids
-from models.interactions import InteractionConfig, Pyramid
+from models.interactions import InteractionConfig, PairwiseDots, Pyramid
 from models.numbers import HINGES, Standardise, hinges
 from models.tables import Lookup, bag_weights
 
@@ -173,16 +173,13 @@ class MixTower(nn.Module):
         self.head = mlp(self.pyramid.n_out * dim, hidden, n_tasks)
         self.pairs: nn.Linear | None = None
         if config.direct:
-            one, other = torch.triu_indices(n_in, n_in, 1)
-            self.register_buffer("_one", one, persistent=False)
-            self.register_buffer("_other", other, persistent=False)
-            self.pairs = nn.Linear(len(one), n_tasks, bias=False)
+            self.dots = PairwiseDots(n_in)
+            self.pairs = nn.Linear(self.dots.width, n_tasks, bias=False)
             nn.init.constant_(self.pairs.weight, _FIRST_WEIGHT)
 
     def forward(self, tokens: Tensor, dense: Tensor) -> Tensor:
         """(T, n_in, D) and (T, D) -> logits (T, n_tasks)."""
         logits = self.head(self.pyramid(tokens, dense).flatten(1))
         if self.pairs is not None:
-            dots = torch.bmm(tokens, tokens.transpose(1, 2))[:, self._one, self._other]
-            logits = logits + self.pairs(dots * tokens.shape[2] ** -0.5)
+            logits = logits + self.pairs(self.dots(tokens) * tokens.shape[2] ** -0.5)
         return logits

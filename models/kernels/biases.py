@@ -1,7 +1,7 @@
 """The biases of attention scores on the tiles of `models.kernels.prefix_attention`: by the age of a
 key, by its position, and of a pair.
 
-They are defined in `models.attention` and its inputs. BM tile rows, each one query and head, BN keys, G query heads.
+They are defined in `models.attention`. BM tile rows, each one query and head, BN keys, G query heads.
 The tables of the first two are small and many scores add to one number of their gradients; a pair
 belongs to one tile.
 """
