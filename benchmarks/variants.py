@@ -6,10 +6,10 @@
 Names are as in `benchmarks/ours.py`, without histories. Each is trained day by day; its embeddings of the
 day before, pooled over three days as they are published, go to a downstream model of context and item,
 trained on some days and evaluated on the day after them; beside them the same model without any
-embeddings, and with the hand-made aggregates in their place. Two figures decide a default: the NE of the
-upstream model, in progressive validation, and that of the downstream model, which is what embeddings
-are for; arxiv 2311.09544 finds that a larger mix tower helps the first and not the second. Means over
-seeds and over the newest test days; paired bootstrap over users. Reads the lake in HEADWATER_HOME;
+embeddings, with the hand-made aggregates in their place, and with both. What decides a default: the NE
+of the upstream model, in progressive validation, and that of the downstream model, which is what
+embeddings are for; arxiv 2311.09544 finds that a larger mix tower helps the first and not the second.
+Means over seeds and over the newest test days; paired bootstrap over users. Reads the lake in HEADWATER_HOME;
 everything is kept under --out, and a run that was killed goes on.
 """
 
@@ -41,6 +41,8 @@ class Line:
         ne: of the downstream model.
         recovered: the gain over `context`, as a share of what `aggregates` gain; NaN where that is none.
         to_context, to_first: that less the NE of `context`, and of the first variant.
+        beside: NE of what reads it beside the hand-made aggregates, less that of those alone; None of the
+            last two.
     """
 
     task: str
@@ -51,11 +53,13 @@ class Line:
     recovered: float
     to_context: Interval
     to_first: Interval
+    beside: Interval | None
 
 
 def lines(results: Sequence[Result]) -> list[Line]:
     """By task, the mean over the tasks first; `context`, the variants in their order, `aggregates`."""
     models = by_model(results)
+    both = {name: models.pop(_beside(name)) for name in [*models] if _beside(name) in models}
     _, first, *_ = models
     rates = results[0].facts["base_rates"][_PART]
     tasks = {ALL_TASKS: rates, **{name: {name: rate} for name, rate in rates.items()}}
@@ -75,6 +79,9 @@ def lines(results: Sequence[Result]) -> list[Line]:
                     recovered=(context - ne) / yardstick if yardstick else float("nan"),
                     to_context=difference(of, _PART, models[CONTEXT], _PART, chosen),
                     to_first=difference(of, _PART, models[first], _PART, chosen),
+                    beside=difference(both[model], _PART, models[AGGREGATES], _PART, chosen)
+                    if model in both
+                    else None,
                 )
             )  # fmt: skip
     return found
@@ -87,15 +94,17 @@ def markdown(found: Sequence[Line]) -> str:
     for task in dict.fromkeys(line.task for line in found):
         out += [
             f"\n### {task}\n",
-            f"| upstream | its NE | NE downstream | less {CONTEXT}, 95 % | recovered | less {first}, 95 % |",
-            "|---|---|---|---|---|---|",
+            f"| upstream | its NE | NE downstream | less {CONTEXT}, 95 % | recovered | less {first}, 95 % | "
+            f"adds to {AGGREGATES}, 95 % |",
+            "|---|---|---|---|---|---|---|",
         ]
         for x in (x for x in found if x.task == task):
             own = "" if x.upstream_ne is None else f"{x.upstream_ne:.4f}"
             to_context = "" if x.model == CONTEXT else interval_text(x.to_context)
             recovered = "" if x.model == CONTEXT else f"{x.recovered:.0%}"
             to_first = "" if x.model in (CONTEXT, first) else interval_text(x.to_first)
-            cells = (x.model, own, f"{x.ne:.4f}", to_context, recovered, to_first)
+            beside = "" if x.beside is None else interval_text(x.beside)
+            cells = (x.model, own, f"{x.ne:.4f}", to_context, recovered, to_first, beside)
             out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
 
@@ -110,7 +119,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(program: Program) -> list[Result]:
-    """No embeddings, every variant and the aggregates, with every seed: what is done, is read.
+    """No embeddings, every variant, the aggregates, and both, with every seed: what is done, is read.
 
     Raises:
         SpecError: --models names none, or not a model that can be published; none is trained then.
@@ -122,9 +131,14 @@ def run(program: Program) -> list[Result]:
         publishable(program.dataset, name)
     parts = {_PART: list}
     found = program.beside_context(names, parts)
-    return found + program.measured(
-        AGGREGATES, names[0], parts, embeddings=False, user_features=True
-    )
+    found += program.measured(AGGREGATES, names[0], parts, embeddings=False, user_features=True)
+    for name in names:
+        found += program.measured(_beside(name), name, parts, embeddings=True, user_features=True)
+    return found
+
+
+def _beside(name: str) -> str:
+    return f"{AGGREGATES}+{name}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

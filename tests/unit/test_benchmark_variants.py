@@ -58,15 +58,14 @@ def by_name(found: list[Line], task: str) -> dict[str, Line]:
 def test_every_variant_is_trained_as_its_name_says_once_a_seed(tmp_path: Path, trained) -> None:
     mine = program(tmp_path, MODELS, seeds="0,1")
     text = markdown(lines(variants.run(mine)))
-    assert [(t.model, t.name) for t in trained] == [
-        (m, f"seed-{s}") for m in MODELS for s in (0, 1)
-    ]
-    shapes = [(t.preset.sum.mix.sizes, t.preset.sum.embeddings) for t in trained[::2]]
+    wanted = [(m, f"seed-{s}") for m in MODELS for s in (0, 1)]
+    assert [(t.model, t.name) for t in trained] == 2 * wanted, "read alone, and beside the aggregates"
+    shapes = [(t.preset.sum.mix.sizes, t.preset.sum.embeddings) for t in trained[: 2 * len(MODELS) : 2]]
     usual = shapes[0]
     assert shapes == [usual, ((6,), usual[1]), (usual[0], 4)] and len(set(shapes)) == 3
     assert len({t.settings.home for t in trained}) == len(MODELS)
     assert markdown(lines(variants.run(mine))) == text
-    assert len(trained) == 2 * len(MODELS), "what is done is read"
+    assert len(trained) == 2 * len(wanted), "what is done is read"
 
 
 def test_figures_are_of_every_target_of_the_test_days(tmp_path: Path, trained) -> None:
@@ -90,7 +89,9 @@ def test_figures_are_of_every_target_of_the_test_days(tmp_path: Path, trained) -
     )
     rate = counts[0] / counts[1]
     of_click = by_name(found, "click")
-    for result in results:
+    alone = [result for result in results if result.model in of_click]
+    assert len(alone) == len(of_click) == len(results) - 2
+    for result in alone:
         mine = result.predictions.of("click", "test")
         assert of_click[result.model].ne == pytest.approx(
             normalized_entropy(mine.label, mine.prediction, rate)
@@ -116,11 +117,15 @@ def test_differences_are_to_no_embeddings_and_to_the_first_variant(tmp_path: Pat
         assert first.ne != context.ne
         # all of them read the same embeddings here
         assert lines_of[MODELS[1]].to_first.mean == 0
+        # and of what reads both
+        assert context.beside is None and yardstick.beside is None
+        assert first.beside is not None and first.beside.mean not in (0, first.to_context.mean)
+        assert lines_of[MODELS[1]].beside == first.beside
         chosen = ["click", "buy"] if task == ALL_TASKS else [task]
         wanted = np.mean([of[t] for of in UPSTREAM_NE[4:6] for t in chosen])
         assert first.upstream_ne == pytest.approx(wanted)
     text = markdown(found)
-    assert f"| {CONTEXT} |  | {by_name(found, 'click')[CONTEXT].ne:.4f} |  |  |  |" in text
+    assert f"| {CONTEXT} |  | {by_name(found, 'click')[CONTEXT].ne:.4f} |  |  |  |  |" in text
 
 
 @pytest.mark.parametrize(
