@@ -73,6 +73,8 @@ class Downstream(nn.Module):
     pairwise dot products; those, the tokens themselves and the dense embedding go through an MLP.
     What all users have in common is half of a layer-normalised embedding and more, and where there is
     little to learn from drowns the rest in its dot products with a candidate: standardised, it is gone.
+    Nothing is read of an embedding at the start: its matrix is zero, as of a low-rank adapter (arXiv
+    2106.09685), since a random one is noise beside user features that say as much already.
 
     Args:
         plan: the features.
@@ -108,6 +110,8 @@ class Downstream(nn.Module):
         self.published = nn.ModuleDict(
             {s.name: nn.Linear(s.dim, dim, bias=False) for s in config.sources}
         )
+        for matrix in self.published.values():
+            nn.init.zeros_(matrix.weight)
         self.missing = nn.ParameterDict(
             {s.name: nn.Parameter(torch.zeros(s.embeddings, dim)) for s in config.sources}
         )

@@ -103,6 +103,8 @@ class DownstreamTraining:
         batch_targets: targets of a batch. Small: a model that has taken too few steps tells nothing
             about its inputs.
         learning_rate: of Adam; the tables have theirs.
+        published_learning_rate: of what reads the published embeddings. Larger, since it starts at zero and
+            is not learned before the rest (LoRA+, arXiv 2402.12354).
         average: decay of the moving average of the weights, as upstream.
         bootstrap_samples: of the intervals.
         importance_targets: test targets that permutation importance is measured on.
@@ -117,6 +119,7 @@ class DownstreamTraining:
     epochs: int = 2
     batch_targets: int = 256
     learning_rate: float = 2e-3
+    published_learning_rate: float = 6e-3
     average: float = 0.99
     bootstrap_samples: int = 300
     importance_targets: int = 6_000

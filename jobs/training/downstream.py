@@ -161,7 +161,15 @@ class Comparison:
         )
         fused = {id(p) for p in model.tables.parameters()}
         dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
-        adam = torch.optim.Adam(list(dense.values()), lr=self.config.learning_rate, fused=True)
+        reading = [p for n, p in dense.items() if n.startswith(("published.", "missing."))]
+        others = [p for n, p in dense.items() if not n.startswith(("published.", "missing."))]
+        adam = torch.optim.Adam(
+            [
+                {"params": others, "lr": self.config.learning_rate},
+                {"params": reading, "lr": self.config.published_learning_rate},
+            ],
+            fused=True,
+        )
         average = Average(dense, self.config.average)
         average.train()
         steps = 0

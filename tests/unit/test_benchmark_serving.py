@@ -18,6 +18,7 @@ from models.sequence import Sequence
 from models.sequence_config import SequenceConfig
 from models.sum import Sum, SumConfig
 from models.tables import TableConfig
+from tests.embedded import reads_embeddings
 from tests.synthetic import dataset
 
 SPEC = dataset()
@@ -32,7 +33,7 @@ def models() -> tuple[Downstream, Sum, Sequence]:
     source = PublishedSource(name=SOURCE, embeddings=K, dim=D)
     config = DownstreamConfig(use_user_features=False, sources=(source,), tables=TABLES)
     return (
-        Downstream(PLAN, config).eval(),
+        reads_embeddings(Downstream(PLAN, config)).eval(),
         Sum(PLAN, SumConfig(tables=TABLES)).eval(),
         Sequence(PLAN, SequenceConfig(tables=TABLES)).eval(),
     )

@@ -14,6 +14,7 @@ from models.features import feature_plan
 from models.loss import multi_task_loss
 from models.tables import TableConfig
 from tests.batches import random_batch
+from tests.embedded import reads_embeddings
 from tests.tiny import TINY
 
 TABLES = TableConfig(dim=8, default_rows=64, item_rows=128)
@@ -31,6 +32,10 @@ ARMS = {
 def make(arm: str) -> Downstream:
     torch.manual_seed(0)
     return Downstream(feature_plan(TINY), ARMS[arm])
+
+
+def reading(arm: str) -> Downstream:
+    return reads_embeddings(make(arm))
 
 
 def published(batch: Batch, seed: int = 0) -> dict[str, Published]:
@@ -74,7 +79,7 @@ def test_the_context_arm_reads_nothing_of_the_user() -> None:
 
 
 def test_a_missing_embedding_is_known_to_be_missing_whatever_lies_there() -> None:
-    model, batch = make("context and embeddings").eval(), random_batch(TINY)
+    model, batch = reading("context and embeddings").eval(), random_batch(TINY)
     with torch.no_grad():
         model.missing["sum"].fill_(0.3)
     values, present = published(batch)["sum"]
@@ -91,12 +96,20 @@ def test_what_all_users_have_in_common_of_an_embedding_is_taken_out() -> None:
     values, present = published(batch)["sum"]
 
     def logits(values: torch.Tensor) -> torch.Tensor:
-        model = make("context and embeddings")
+        model = reading("context and embeddings")
         given = {"sum": Published(values, present)}
         model(batch, given)  # a batch that counts
         return model.eval()(batch, given)
 
     torch.testing.assert_close(logits(values * 3 - 20), logits(values), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(logits(values.flip(0)), logits(values), atol=1e-2)
+
+
+def test_nothing_is_read_of_an_embedding_before_something_is_learned() -> None:
+    model, batch = make("embeddings").eval(), random_batch(TINY)
+    assert torch.equal(model(batch, published(batch)), model(batch, published(batch, seed=1)))
+    model = reading("embeddings").eval()
+    assert not torch.equal(model(batch, published(batch)), model(batch, published(batch, seed=1)))
 
 
 def test_embeddings_that_are_not_as_configured_are_refused() -> None:
