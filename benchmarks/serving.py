@@ -38,9 +38,10 @@ from benchmarks.timing import in_turns
 from feature_store import datasets
 from feature_store.days import DAY_US, HOUR_US
 from feature_store.spec import Dataset, Kind
+from jobs.training.downstream import shape_of
 from jobs.training.presets import downstream_training, preset
 from models.batch import Batch, Sparse
-from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
+from models.downstream import Downstream, Published, PublishedSource
 from models.features import feature_plan
 from models.sequence import Sequence as EventSequence
 from models.sum import PRESETS, Sum
@@ -149,15 +150,9 @@ def peers(dataset: Dataset) -> list[Peer]:
     for shape, config in PRESETS.items():
         tower = Sum(plan, config()).eval()
         count, dim = tower.config.embeddings, tower.config.dim
-        downstream = Downstream(
-            plan,
-            DownstreamConfig(
-                use_user_features=False,
-                sources=(PublishedSource(name=SOURCE, embeddings=count, dim=dim),),
-                standardise=downstream_training(dataset).standardise,
-                tables=downstream_training(dataset).tables,
-            ),
-        ).eval()
+        read = [PublishedSource(name=SOURCE, embeddings=count, dim=dim)]
+        of_reader = shape_of(downstream_training(dataset), read, user_features=False)
+        downstream = Downstream(plan, of_reader).eval()
         found += [reading(shape, downstream, torch.randn(USERS, count, dim).half())]
         found += [carrying_sum(shape, downstream, tower)]
         pooling = preset(dataset, "sequence").build(dataset, torch.device("cpu")).eval()

@@ -115,6 +115,18 @@ def load(
     return out
 
 
+def shape_of(
+    config: DownstreamTraining, sources: Iterable[PublishedSource], *, user_features: bool
+) -> DownstreamConfig:
+    """Shape of a downstream model of that budget which reads `sources`."""
+    return DownstreamConfig(
+        use_user_features=user_features,
+        sources=tuple(sources),
+        standardise=config.standardise,
+        tables=config.tables,
+    )
+
+
 class Comparison:
     """Trains every arm on `training` and scores `test`.
 
@@ -149,16 +161,8 @@ class Comparison:
             _, count, dim = self.training[0].published[name].values.shape
             sources.append(PublishedSource(name=name, embeddings=count, dim=dim))
         torch.manual_seed(self.seed)
-        model = Downstream(
-            self.plan,
-            DownstreamConfig(
-                use_user_features=arm.user_features,
-                sources=tuple(sources),
-                standardise=self.config.standardise,
-                tables=self.config.tables,
-            ),
-            device=self.device,
-        )
+        shape = shape_of(self.config, sources, user_features=arm.user_features)
+        model = Downstream(self.plan, shape, device=self.device)
         fused = {id(p) for p in model.tables.parameters()}
         dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
         reading = [p for n, p in dense.items() if n.startswith(("published.", "missing."))]
