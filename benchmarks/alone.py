@@ -20,7 +20,7 @@ from benchmarks.progressive import Progressive, progressive_ne, published
 from benchmarks.results import Predictions, Result, Store, joined, of_scored
 from feature_store import datasets
 from feature_store.days import shift
-from feature_store.embeddings import EmbeddingKind, UserEmbeddings
+from feature_store.embeddings import UserEmbeddings
 from feature_store.errors import DataError, HeadwaterError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset, Task
@@ -186,7 +186,7 @@ def measure(
     embeddings: bool,
     user_features: bool = False,
 ) -> tuple[Predictions, dict[str, Any]]:
-    """Train upstream; and downstream, in each part on its own, with the pooled embeddings.
+    """Train upstream; and downstream, in each part on its own, with the embeddings that the budget reads.
 
     Args:
         parts: by name, what of some rows is in it. Where a task has labels of one kind only there, it
@@ -206,7 +206,8 @@ def measure(
 
     @cache
     def before(ds: str) -> UserEmbeddings | None:
-        return published(days, shift(ds, -1), EmbeddingKind.POOLED) if embeddings else None
+        kind = budget(dataset).kind
+        return published(days, shift(ds, -1), kind) if embeddings else None
 
     def batches(rows: Sequence[Rows], ds: str) -> list[Loaded]:
         return with_embeddings(dataset, rows, before(ds))

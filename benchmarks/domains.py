@@ -3,8 +3,8 @@
     python -m benchmarks.domains --dataset simulated --out DIR [--seeds 0,1]
 
 A SUM is trained on the targets of one domain (a surface, a device) or of all, day by day; its
-embeddings of the day before, pooled over three days as they are published, go to a downstream model
-of context and item in each domain, which is trained and evaluated on that domain's targets only. A
+embeddings of the day before, raw or pooled as the dataset's downstream models read them, go to one of
+context and item in each domain, which is trained and evaluated on that domain's targets only. A
 row is the upstream model, a column the domain, a cell the NE less that of context and item alone, with
 the 95 % interval of a paired bootstrap over users; means over seeds and over the newest test days.
 Reads the lake in HEADWATER_HOME; everything is kept under --out, and a run that was killed goes on.

@@ -4,7 +4,7 @@
         --models sum,sum:mix.sizes=12+6,sum:embeddings=4 [--seeds 0,1]
 
 Names are as in `benchmarks/ours.py`, without histories. Each is trained day by day; its embeddings of the
-day before, pooled over three days as they are published, go to a downstream model of context and item,
+day before, raw or pooled as the dataset's downstream models read them, go to one of context and item,
 trained on some days and evaluated on the day after them; beside them the same model without any
 embeddings, with the hand-made aggregates in their place, and with both. What decides a default: the NE
 of the upstream model, in progressive validation, and that of the downstream model, which is what

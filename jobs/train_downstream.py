@@ -174,7 +174,7 @@ def _load(
         embeddings = {}
         for model in dataset.models:
             before = shift(day, -1)
-            embeddings[model] = read_embeddings(lake, model, before, "pooled")
+            embeddings[model] = read_embeddings(lake, model, before, config.kind)
             inputs |= {f"user_embeddings/{model}/{before}": embeddings[model].version or 0}
             snapshots.setdefault(model, {})[before] = embeddings[model].snapshot
         rows = labelled_rows(

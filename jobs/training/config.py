@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from feature_store.embeddings import EmbeddingKind
 from feature_store.errors import DataError, SpecError
 from jobs.training.loader import Limits
 from models.tables import TableConfig
@@ -109,7 +110,8 @@ class DownstreamTraining:
         bootstrap_samples: of the intervals.
         importance_targets: test targets that permutation importance is measured on.
         threads: of torch on a CPU.
-        standardise: the published embeddings, number by number, before they are read.
+        kind: of the published embeddings that are read.
+        standardise: them, number by number, before they are read.
         tables: of ids. None of items, which would be learned by heart in the second pass; the others
             start small and learn slowly, or the arm with user features overfits in it.
     """
@@ -124,6 +126,7 @@ class DownstreamTraining:
     bootstrap_samples: int = 300
     importance_targets: int = 6_000
     threads: int = 1
+    kind: EmbeddingKind = EmbeddingKind.POOLED
     standardise: bool = True
     tables: TableConfig = field(
         default_factory=lambda: TableConfig(

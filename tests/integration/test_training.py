@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from feature_store.days import day_range, shift
-from feature_store.embeddings import read_embeddings
+from feature_store.embeddings import EmbeddingKind, read_embeddings
 from feature_store.lake import Lake
 from jobs import publish_embeddings, train_downstream, train_upstream
 from jobs.context import JobContext
@@ -22,7 +22,7 @@ from jobs.reproduce import reproduce
 from jobs.settings import REPOSITORY, Settings
 from jobs.training import presets, tracking
 from jobs.training.checkpoints import Checkpoints
-from jobs.training.config import GateConfig
+from jobs.training.config import DownstreamTraining, GateConfig
 from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
 from jobs.training.loop import Learner
@@ -331,6 +331,22 @@ def test_downstream_compares_the_arms_on_the_newest_matured_day(settings, rows):
     experiment = mlflow.get_experiment_by_name(f"{SPEC.name}/downstream/click")
     (run,) = mlflow.search_runs([experiment.experiment_id])
     assert run.data.metrics["ne_aggregates"] == result["arms"]["aggregates"]["ne"]
+
+
+def test_downstream_reads_raw_or_pooled_embeddings_as_its_budget_says(settings, monkeypatch):
+    context = _context(settings, DAYS[4], task="click")
+    where = settings.downstream_dir(SPEC.name, "click") / DAYS[4] / "predictions.parquet"
+    found = {}
+    for kind in EmbeddingKind:
+        budget = DownstreamTraining(kind=kind)
+        monkeypatch.setattr(presets, "downstream_training", lambda _, budget=budget: budget)
+        train_downstream.run(context)
+        found[kind] = pq.read_table(where)
+    raw, pooled = found.values()
+    for arm in ("context", "aggregates"):
+        assert raw[arm] == pooled[arm]
+    for arm in ("context_sum", "context_sequence", "aggregates_all"):
+        assert raw[arm] != pooled[arm]
 
 
 def test_too_few_days_end_with_one_line_and_without_torch(settings):

@@ -16,9 +16,11 @@ from benchmarks.alone import ALL_TASKS, CONTEXT, Program
 from benchmarks.domains import arguments, cells, domains, markdown, of_domain
 from benchmarks.progressive import Progressive
 from feature_store.days import day_of, shift
+from feature_store.embeddings import EmbeddingKind
 from feature_store.errors import SpecError
 from feature_store.tables import NO_LABEL
 from jobs.settings import Settings
+from jobs.training.config import DownstreamTraining
 from jobs.training.loader import Users, labelled_day, labelled_rows
 from tests.embedded import numbered
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
@@ -85,7 +87,17 @@ def test_rows_of_a_domain_hold_its_targets_alone_with_their_labels() -> None:
         assert user == [int(of[t]) for t in targets]
 
 
-def test_each_domain_reads_the_pooled_embeddings_of_the_day_before(monkeypatch) -> None:
+POOLED_FIRST = {(DAYS[1], 0.0), (DAYS[2], 0.5), (DAYS[3], 1.0)}, (DAYS[4], 2.0)
+RAW_FIRST = {(DAYS[1], 0.0), (DAYS[2], 1.0), (DAYS[3], 2.0)}, (DAYS[4], 3.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"), [(EmbeddingKind.POOLED, POOLED_FIRST), (EmbeddingKind.RAW, RAW_FIRST)]
+)
+def test_each_domain_reads_the_embeddings_of_the_day_before(
+    monkeypatch, kind: EmbeddingKind, first
+) -> None:
+    monkeypatch.setattr(alone, "downstream_training", lambda _: DownstreamTraining(kind=kind))
     seen: list[tuple[int, set[tuple[str, float]]]] = []
     fit = alone.fit
 
@@ -111,10 +123,8 @@ def test_each_domain_reads_the_pooled_embeddings_of_the_day_before(monkeypatch) 
 
     monkeypatch.setattr(alone, "fit", spied)
     measure(upstream(), seed=0, embeddings=True)
-    learned = {(DAYS[1], 0.0), (DAYS[2], 0.5), (DAYS[3], 1.0)}
-    assert seen[:4] == [
-        (0, learned), (0, {(DAYS[4], 2.0)}), (1, learned), (1, {(DAYS[4], 2.0)}),
-    ]  # fmt: skip
+    learned, tested = first
+    assert seen[:4] == [(0, learned), (0, {tested}), (1, learned), (1, {tested})]
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
