@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from feature_store.embeddings import EmbeddingKind
 from feature_store.spec import Dataset, Task
 from feature_store.tables import contracts
 from jobs.context import JobContext, main
@@ -108,6 +109,7 @@ def _task(context: JobContext, task: Task) -> dict[str, Any]:
         "sampled": task.sampled,
         "days": [],
         "arms": [],
+        "kind": None,
         "oracle": None,
         "why_not": "no downstream model was tested: too few matured days with embeddings",
     }
@@ -177,6 +179,7 @@ def _compare(
         "test_rate": float(rows["label"].mean()),
         "train_days": newest["train_days"],
         "users_share": newest["users_share"],
+        "kind": newest["config"].get("kind", EmbeddingKind.POOLED),  # a result of older code has none
         "arms": arms,
         "oracle": oracle,
         "importance": [

@@ -95,6 +95,7 @@ def test_the_page_is_whole(home: Path) -> None:
     page = (home / "report" / "simulated" / "index.html").read_text()
     assert page.count("<svg") >= 4
     assert "simulated data" in page
+    assert "Downstream models read raw ones." in page
 
 
 def test_nothing_is_written_but_under_the_home(home: Path) -> None:
