@@ -164,6 +164,10 @@ class Downstream(nn.Module):
         x = torch.cat([tokens, dense[:, None]], dim=1)
         return self.top(torch.cat([x.flatten(1), self.dots(x)], dim=1)).squeeze(1)
 
+    def reading(self) -> list[nn.Parameter]:
+        """Parameters of what reads the published embeddings."""
+        return [*self.published.parameters(), *self.missing.parameters()]
+
     def _published(
         self, source: PublishedSource, batch: Batch, published: Mapping[str, Published]
     ) -> Tensor:

@@ -165,8 +165,9 @@ class Comparison:
         model = Downstream(self.plan, shape, device=self.device)
         fused = {id(p) for p in model.tables.parameters()}
         dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
-        reading = [p for n, p in dense.items() if n.startswith(("published.", "missing."))]
-        others = [p for n, p in dense.items() if not n.startswith(("published.", "missing."))]
+        reading = model.reading()
+        late = {id(p) for p in reading}
+        others = [p for p in dense.values() if id(p) not in late]
         adam = torch.optim.Adam(
             [
                 {"params": others, "lr": self.config.learning_rate},
