@@ -179,7 +179,8 @@ def _compare(
         "test_rate": float(rows["label"].mean()),
         "train_days": newest["train_days"],
         "users_share": newest["users_share"],
-        "kind": newest["config"].get("kind", EmbeddingKind.POOLED),  # a result of older code has none
+        # a result of older code has none
+        "kind": newest["config"].get("kind", EmbeddingKind.POOLED),
         "arms": arms,
         "oracle": oracle,
         "importance": [

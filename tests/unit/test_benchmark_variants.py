@@ -59,8 +59,12 @@ def test_every_variant_is_trained_as_its_name_says_once_a_seed(tmp_path: Path, t
     mine = program(tmp_path, MODELS, seeds="0,1")
     text = markdown(lines(variants.run(mine)))
     wanted = [(m, f"seed-{s}") for m in MODELS for s in (0, 1)]
-    assert [(t.model, t.name) for t in trained] == 2 * wanted, "read alone, and beside the aggregates"
-    shapes = [(t.preset.sum.mix.sizes, t.preset.sum.embeddings) for t in trained[: 2 * len(MODELS) : 2]]
+    assert [(t.model, t.name) for t in trained] == 2 * wanted, (
+        "read alone, and beside the aggregates"
+    )
+    shapes = [
+        (t.preset.sum.mix.sizes, t.preset.sum.embeddings) for t in trained[: 2 * len(MODELS) : 2]
+    ]
     usual = shapes[0]
     assert shapes == [usual, ((6,), usual[1]), (usual[0], 4)] and len(set(shapes)) == 3
     assert len({t.settings.home for t in trained}) == len(MODELS)
