@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -123,14 +123,31 @@ def _quick_sum() -> Preset:
     )
 
 
-def _quick_sequence() -> Preset:
-    shape = SequenceConfig(tables=_quick_tables(), bags=True)
-    return Preset(
-        architecture=Architecture.SEQUENCE,
-        sequence=replace(
-            shape, user_mix=replace(shape.user_mix, interactions=("dot",), direct=True)
-        ),
+_Events = TypeVar("_Events", bound=SequenceConfig)
+
+
+def _quick_events(shape: _Events) -> _Events:
+    """The shape of a model with histories, whose published embeddings are found as quickly."""
+    return replace(
+        shape,
+        tables=_quick_tables(),
+        bags=True,
+        user_mix=replace(shape.user_mix, interactions=("dot",), direct=True),
     )
+
+
+def _quick_sequence() -> Preset:
+    return Preset(architecture=Architecture.SEQUENCE, sequence=_quick_events(SequenceConfig()))
+
+
+def _quick_hybrid() -> Preset:
+    shape = HybridConfig()
+    matching = replace(
+        shape,
+        user=replace(shape.user, interactions=("dot",)),
+        mix=replace(shape.mix, interactions=("dot",)),
+    )
+    return Preset(architecture=Architecture.HYBRID, hybrid=_quick_events(matching))
 
 
 def _sequence() -> Preset:
@@ -206,7 +223,11 @@ _DOWNSTREAM = {
 }
 
 _USUAL: dict[str, Factory] = {"sum": _sum, "sequence": _sequence, "hybrid": _hybrid}
-_SIMULATED: dict[str, Factory] = {**_USUAL, "sum": _quick_sum, "sequence": _quick_sequence}
+_SIMULATED: dict[str, Factory] = {
+    "sum": _quick_sum,
+    "sequence": _quick_sequence,
+    "hybrid": _quick_hybrid,
+}
 _GLOBO: dict[str, Factory] = {name: _on_globo(base) for name, base in _USUAL.items()}
 
 _BY_NAME = _with_shift(_USUAL)
