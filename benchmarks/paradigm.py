@@ -38,6 +38,7 @@ ROWS = {
 QUESTIONS = (
     ("user signal, all of it", "hybrid", "sequence:unseen"),
     ("events over nightly features, both of the night before", "sequence:stale", "hybrid:unseen"),
+    ("events over SUM's embeddings, both of the night before", "sequence:stale", "sum"),
     ("freshness: events of today", "sequence", "sequence:stale"),
     ("order of the events", "sequence", "sequence:shuffled"),
     ("events beside nightly features", "hybrid", "hybrid:unseen"),
