@@ -97,12 +97,22 @@ class Preset:
         return model.user_embeddings(batch, end, instant)
 
 
-def _small_tables(**rows: int) -> TableConfig:
-    return TableConfig(dim=32, default_rows=2**12, item_rows=2**14, rows=dict(rows))
+def _small_tables() -> TableConfig:
+    return TableConfig(dim=32, default_rows=2**12, item_rows=2**14)
 
 
 def _sum() -> Preset:
     return Preset(architecture=Architecture.SUM, sum=SumConfig(tables=_small_tables()))
+
+
+def _sequence() -> Preset:
+    return Preset(
+        architecture=Architecture.SEQUENCE, sequence=SequenceConfig(tables=_small_tables())
+    )
+
+
+def _hybrid() -> Preset:
+    return Preset(architecture=Architecture.HYBRID, hybrid=HybridConfig(tables=_small_tables()))
 
 
 def _quick_tables() -> TableConfig:
@@ -148,16 +158,6 @@ def _quick_hybrid() -> Preset:
         mix=replace(shape.mix, interactions=("dot",)),
     )
     return Preset(architecture=Architecture.HYBRID, hybrid=_quick_events(matching))
-
-
-def _sequence() -> Preset:
-    return Preset(
-        architecture=Architecture.SEQUENCE, sequence=SequenceConfig(tables=_small_tables())
-    )
-
-
-def _hybrid() -> Preset:
-    return Preset(architecture=Architecture.HYBRID, hybrid=HybridConfig(tables=_small_tables()))
 
 
 Factory = Callable[[], Preset]
