@@ -60,14 +60,16 @@ def replace_partition(
     """Make `files` the partition `values` of the table at `uri`, in one commit, and return its version.
 
     The files move into the table's folder, where nothing reads them until the commit names them.
-    The version that is returned reads the partition as written.
+    The version that is returned reads the partition as written. Where a column has another type than
+    before, the commit removes the other partitions too: they were made under another definition, so
+    that nobody reads them but at their own versions.
 
     Args:
         home: the table's folder, a path of `filesystem`.
         files: path -> (rows, bytes); none leaves the partition empty.
 
     Raises:
-        ContractError: the stored table is not what the contract grew from.
+        ContractError: the stored table is partitioned otherwise.
     """
     from deltalake import CommitProperties, Transaction
     from deltalake.transaction import AddAction, RemoveAction
@@ -88,12 +90,13 @@ def replace_partition(
         # partition was empty before and there is no removed file for both to trip over.
         app = partition_folder(values)
         count = Transaction(app, (table.transaction_version(app) or 0) + 1)
+        schema = grown_schema(contract, table)
         table.create_write_transaction(
             actions,
             mode="overwrite",
-            schema=grown_schema(contract, table),
+            schema=schema or nullable(contract.schema),
             partition_by=list(contract.partitioned_by),
-            partition_filters=[(c, "=", v) for c, v in values.items()],
+            partition_filters=[(c, "=", v) for c, v in values.items()] if schema else None,
             commit_properties=CommitProperties(app_transactions=[count]),
         )
         table.update_incremental()

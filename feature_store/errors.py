@@ -19,6 +19,10 @@ class MissingPartitionError(HeadwaterError):
     """A job needs a partition that no job has written."""
 
 
+class StalePartitionError(HeadwaterError):
+    """A partition was made from sources, or under a spec, that are not those of now."""
+
+
 class ContractError(HeadwaterError):
     """A frame about to be written does not have its table's columns, types or partition."""
 

@@ -28,9 +28,11 @@ import pyarrow.parquet as pq
 
 from feature_store import ledger
 from feature_store.commit import replace_partition, staged_files
+from feature_store.content import content_hash
 from feature_store.days import parse_day
 from feature_store.errors import ContractError, MissingPartitionError
 from feature_store.ledger import Partition, pin
+from feature_store.lineage import SOURCES, Lineage, definition
 from feature_store.schemas import check_schema, grown_schema, nullable, stored_schema
 from feature_store.spec import Dataset
 from feature_store.staging import Staging, partition_folder
@@ -107,7 +109,11 @@ class Lake:
     def partitions(self, table: str, model: str = "") -> dict[str, Partition]:
         """The newest ledger row of each day of `table`, by day, ascending; {} if there is none."""
         self.contract(table)
-        return ledger.newest(self._ledger, table, model)
+        return self.lineage().days(table, model)
+
+    def lineage(self) -> Lineage:
+        """What the ledger holds at this moment."""
+        return Lineage(self.dataset, lambda table: ledger.rows(self._ledger, table))
 
     def require(self, table: str, days: Sequence[str], model: str = "") -> dict[str, int]:
         """`{"<table>/<ds>": version}` of the named days, to read them by and to record as inputs.
@@ -116,12 +122,11 @@ class Lake:
 
         Raises:
             MissingPartitionError: a day was not written; names the days and the job that writes them.
+            StalePartitionError: a day was made from sources, or under a spec, that are not those of
+                now; names both and the commands that mend it.
         """
-        found = self.partitions(table, model)
-        missing = [day for day in days if day not in found]
-        if missing:
-            raise MissingPartitionError(self._missing(table, missing, model))
-        return ledger.pins({day: found[day] for day in days})
+        self.contract(table)
+        return self.lineage().require(table, days, model)
 
     # ---- reading
 
@@ -238,6 +243,7 @@ class Lake:
 
         Raises:
             ContractError: columns, types or `ds` are not the contract's. Nothing was changed.
+            StalePartitionError: a partition of `inputs` is not current. Nothing was changed.
             QualityError: the table's suite refused the rows. Nothing was changed.
         """
         contract = self.contract(table)
@@ -296,6 +302,7 @@ class Lake:
         table, values = contract.name, self._values(contract, ds, model)
         if self.exists(table):
             grown_schema(contract, self._open(table))  # before anything is computed
+        self.lineage().check_inputs(table, ds, inputs)
         with self._staging.open(table, values) as folder:
             importing = quality.warm_up()
             stage(folder)
@@ -303,6 +310,9 @@ class Lake:
             staged = pads.dataset(list(files), schema=stored_schema(contract), filesystem=self._fs)
             importing.join()
             quality.validate(self.dataset, table, ds, staged, model=model, docs_root=self.docs_root)
+            content = content_hash(staged) if table in SOURCES else ""
+            lineage = self.lineage()
+            lineage.check_inputs(table, ds, inputs)  # nor was one replaced in the meantime
             home = f"{self._base}/{table}"
             version = replace_partition(self._fs, home, self.uri(table), contract, values, files)
             partition = Partition(
@@ -312,7 +322,8 @@ class Lake:
                 version=version,
                 inputs=dict(inputs),
                 code_version=code_version,
-                spec_hash=self.dataset.hash,
+                definition=definition(self.dataset, table),
+                identity=lineage.identity(table, ds, content),
                 engine=engine,
                 rows=sum(rows for rows, _ in files.values()),
                 bytes=sum(size for _, size in files.values()),
@@ -352,22 +363,11 @@ class Lake:
             )
         return {"model": model, "ds": ds} if by_model else {"ds": ds}
 
-    def _missing(self, table: str, days: Sequence[str], model: str = "") -> str:
-        job = ledger.PRODUCERS[table]
-        name = f"{self.dataset.name}.{table}" + (f" of model {model}" if model else "")
-        option = f" --model {model}" if model else ""
-        shown = ", ".join(days[:5]) + (f" and {len(days) - 5} more" if len(days) > 5 else "")
-        first = days[0] if days else "<day>"
-        return (
-            f"{name} has no partition for {shown or 'any day'}: "
-            f"run python -m jobs {job} --dataset {self.dataset.name} --ds {first}{option}"
-        )
-
     def _open(self, table: str, version: int | None = None) -> DeltaTable:
         from deltalake import DeltaTable
 
         if not self.exists(table):
-            raise MissingPartitionError(self._missing(table, []))
+            raise MissingPartitionError(self.lineage().missing(table, []))
         return DeltaTable(self.uri(table), version=version)
 
     def _projection(self, table: str, columns: Sequence[str] | None) -> pa.Schema:

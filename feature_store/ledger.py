@@ -48,7 +48,7 @@ class Partition:
         version: Delta version at which the partition reads as written.
         inputs: `pin` of every partition it was made from -> its Delta version.
         code_version: of the job that wrote it.
-        spec_hash: of the spec that it was made with.
+        definition, identity: of its table and of itself (`feature_store/lineage.py`).
         engine: what computed it.
         rows, bytes: of the partition.
         seconds: from the start of the publish to its commit; includes a lazy frame's computation.
@@ -62,7 +62,8 @@ class Partition:
     version: int
     inputs: dict[str, int]
     code_version: str
-    spec_hash: str
+    definition: str
+    identity: str
     engine: str
     rows: int
     bytes: int
@@ -113,7 +114,7 @@ def append(uri: str, partition: Partition) -> None:
         table = DeltaTable.create(
             uri, LEDGER, mode="ignore", partition_by=["table"], configuration=RETENTION
         ) if not DeltaTable.is_deltatable(uri) else DeltaTable(uri)  # fmt: skip
-        write_deltalake(table, data, mode="append")
+        write_deltalake(table, data, mode="append", schema_mode="merge")
 
     def compact() -> None:
         filters: list[tuple[str, str, Any]] = [("table", "=", partition.table)]
@@ -125,25 +126,29 @@ def append(uri: str, partition: Partition) -> None:
     retry_on_conflict(compact)
 
 
-def newest(uri: str, table: str, model: str) -> dict[str, Partition]:
-    """The newest row of each `ds` of one table (and model), by `ds`; empty where there is none."""
+def rows(uri: str, table: str) -> list[Partition]:
+    """Every row about `table`, the newest of each partition last; empty where there is no ledger.
+
+    A column that the ledger lacks, as an earlier release wrote it, reads as "".
+    """
     from deltalake import DeltaTable
 
     if not DeltaTable.is_deltatable(uri):
-        return {}
+        return []
     # Arrow's own filesystem: deltalake's calls back into Python, also from threads at a process's end.
     files, path = pafs.FileSystem.from_uri(uri) if "://" in uri else (pafs.LocalFileSystem(), uri)
     dataset = DeltaTable(uri).to_pyarrow_dataset(
         file_pruning_predicate=[("table", "=", table)],
         filesystem=pafs.SubTreeFileSystem(path, files),
     )
-    rows = dataset.to_table().select(LEDGER.names).to_pylist()
-    found: dict[str, Partition] = {}
-    for row in sorted(rows, key=lambda r: (r["ds"], r["version"], r["written_at"])):
-        if row["model"] == model:
-            row["inputs"], row["notes"] = json.loads(row["inputs"]), json.loads(row["notes"])
-            found[row["ds"]] = Partition(**row)
-    return found
+    names = [n for n in LEDGER.names if n in dataset.schema.names]
+    blank = dict.fromkeys(LEDGER.names, "")
+    found = [blank | row for row in dataset.to_table(columns=names).to_pylist()]
+    for row in found:
+        row |= {n: json.loads(row[n]) for n in ("inputs", "notes")}
+        row |= {n: row[n] or "" for n in ("definition", "identity")}
+    found.sort(key=lambda r: (r["ds"], r["version"], r["written_at"]))
+    return [Partition(**row) for row in found]
 
 
 def pins(found: Mapping[str, Partition]) -> dict[str, int]:

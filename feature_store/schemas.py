@@ -1,4 +1,4 @@
-"""What is written against what the contract says: columns, types, and schemas that grow by adding."""
+"""What is written against what the contract says: columns, types, and schemas that grow."""
 
 from __future__ import annotations
 
@@ -61,25 +61,24 @@ def check_schema(contract: Table, found: pa.Schema, *, partitioned: bool = False
             )
 
 
-def grown_schema(contract: Table, table: DeltaTable) -> pa.Schema:
+def grown_schema(contract: Table, table: DeltaTable) -> pa.Schema | None:
     """The schema to commit with: the table's, and behind it the columns that the contract gained.
 
+    A column that the contract lost stays, null in what is written from then on, so that a spec can
+    go back. None: a column has another type, so that the table has to begin anew.
+
     Raises:
-        ContractError: the contract lost a column, or changed a type or the partitioning.
+        ContractError: the contract changed the partitioning.
     """
     stored = pa.schema(table.schema().to_arrow())
-    wanted = {f.name: f for f in contract.schema}
-    for f in stored:
-        if f.name not in wanted or _plain(wanted[f.name].type) != _plain(f.type):
-            now = wanted[f.name].type if f.name in wanted else "no such column"
-            raise ContractError(
-                f"{contract.name}.{f.name} is stored as {f.type} and the contract has {now}: "
-                "schemas grow by adding only; use a new name, or a new lake"
-            )
     by = tuple(table.metadata().partition_columns)
     if by != contract.partitioned_by:
         raise ContractError(
             f"{contract.name} is partitioned by {by} and the contract has {contract.partitioned_by}: use a new lake"
         )
+    wanted = {f.name: f for f in contract.schema}
+    for f in stored:
+        if f.name in wanted and _plain(wanted[f.name].type) != _plain(f.type):
+            return None
     added = [f.with_nullable(True) for f in contract.schema if f.name not in stored.names]
     return pa.schema([*stored, *added])

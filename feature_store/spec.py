@@ -311,11 +311,11 @@ class Dataset:
 
     @cached_property
     def hash(self) -> str:
-        """16 hex digits that change with anything that the tables depend on."""
+        """16 hex digits that change with anything that a trained model depends on."""
         return hashlib.sha256(_canonical(self).encode()).hexdigest()[:16]
 
 
-_NOT_IN_TABLES = {"description", "models", "held_out_share", "simulated", "_streams"}
+_NOT_IN_HASH = {"description", "models", "simulated", "_streams"}
 
 
 def _canonical(value: object) -> str:
@@ -323,7 +323,7 @@ def _canonical(value: object) -> str:
         inner = ",".join(
             f"{f.name}={_canonical(getattr(value, f.name))}"
             for f in fields(value)
-            if f.name not in _NOT_IN_TABLES
+            if f.name not in _NOT_IN_HASH
         )
         return f"{type(value).__name__}({inner})"
     if isinstance(value, tuple):

@@ -362,7 +362,8 @@ LEDGER = pa.schema(
         _required("version", pa.int64()),  # Delta version at which the partition reads as written
         _required("inputs", pa.string()),  # JSON: {"<table>/<ds>": version}
         _required("code_version", pa.string()),
-        _required("spec_hash", pa.string()),
+        pa.field("definition", pa.string()),  # hash of what of the spec decides the table's rows
+        pa.field("identity", pa.string()),  # hash of the source partitions it depends on
         _required("engine", pa.string()),
         _required("rows", pa.int64()),
         _required("bytes", pa.int64()),

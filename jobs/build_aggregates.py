@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from feature_store.days import DAY_US, HOUR_US, day_of, day_range, end_us, micros, shift
+from feature_store.days import DAY_US, HOUR_US, shift
+from feature_store.lineage import cutoff_us, event_days
 from feature_store.spec import Aggregate, Dataset, DenseFeature, IdType, SparseFeature
 from feature_store.tables import (
     contract,
@@ -38,17 +39,6 @@ from jobs.frames import (
 
 if TYPE_CHECKING:
     from jobs.context import JobContext
-
-
-def cutoff_us(dataset: Dataset, ds: str) -> int:
-    """Where the windows of `aggregates(ds)` end: features see `available_time < cutoff`."""
-    return end_us(ds, dataset.utc_offset) - micros(dataset.serve_delay)
-
-
-def event_days(dataset: Dataset, ds: str) -> list[str]:
-    """The partitions of `events` that the windows of `aggregates(ds)` reach into."""
-    first = cutoff_us(dataset, ds) - dataset.window_days * DAY_US
-    return day_range(day_of(first, dataset.utc_offset), ds)
 
 
 def transform(events: DataFrame, dataset: Dataset, ds: str) -> DataFrame:

@@ -376,7 +376,7 @@ def run(context: JobContext) -> None:
         state = rebuild(load_events(context, yesterday, inputs), dataset, yesterday, base=True)
     elif state is None:
         state = context.lake.frame(context.spark, "sequences", [yesterday])
-    if any(day <= yesterday for day in context.lake.partitions("aggregates")):
+    if any(day <= yesterday for day in context.lake.partitions("events")):
         aggregates = read(context, "aggregates", [yesterday], inputs)
     else:
         aggregates = context.lake.frame(context.spark, "aggregates", [yesterday])

@@ -3,7 +3,7 @@
 A day's partition holds the users that the day touched; a *base* holds all of them. A user's state
 is their newest row since the last base, so a day costs what its events cost, not what the length
 of history does. A partition is a base every `base_days` days, and where there is nothing to build
-on: no earlier partition, or one that was made under another spec.
+on: no earlier partition, or one that is not current (`feature_store/lineage.py`).
 
 An event whose id is already in its user's state was delivered again, and is dropped. The full
 rebuild (`--full`) goes through the same days in one pass, so that it equals the incremental build
@@ -134,19 +134,22 @@ def load_state(context: JobContext, day: str, inputs: dict[str, int]) -> DataFra
 
     Returns:
         One row per user; None where there is nothing to build on: no partition up to `day`, or one
-        that was made under another spec.
+        that is not current.
 
     Raises:
-        MissingPartitionError: `day` was not written, but an earlier day was.
+        MissingPartitionError: a day up to `day` was not written, but an earlier day was.
     """
-    known = context.lake.partitions("sequences")
-    if not any(d <= day for d in known):
-        return None
-    context.lake.require("sequences", [day])
+    lineage = context.lake.lineage()
+    known = lineage.days("sequences")
     bases = [d for d, partition in known.items() if d <= day and partition.notes.get("base")]
-    days = day_range(max(bases), day) if bases else []
-    if not days or any(d in known and known[d].spec_hash != context.dataset.hash for d in days):
+    first = max(bases, default=min(known, default=""))
+    if not first or first > day:
         return None
+    days = day_range(first, day)
+    if not bases or any(d in known and lineage.stale("sequences", d) for d in days):
+        if day in known:
+            return None
+        days = [day]  # which says that it is missing
     return newest(read(context, "sequences", days, inputs))
 
 

@@ -1,6 +1,7 @@
 """The shell around a job: its arguments, its settings, the lake and the engine, and its exit code.
 
     python -m jobs <job> [<job> ...] --dataset D --ds DAY [--source DIR] [--model M] [--task T] [--full]
+                                     [--stale-only]
 
 Several jobs of one call run in order in one process, so that one session and one heavy import serve
 them. Exit codes: 0 done; 2 an error that a user can mend (`feature_store.errors`, printed as one
@@ -171,6 +172,11 @@ def parser(job: str | None = None) -> argparse.ArgumentParser:
     )
     if job is None:
         result.add_argument("jobs", nargs="+", choices=JOBS, metavar="job", help=", ".join(JOBS))
+        result.add_argument(
+            "--stale-only",
+            action="store_true",
+            help="leave out a feature job whose tables are current",
+        )
     result.add_argument("--dataset", required=True, help="a file of feature_store/datasets/")
     result.add_argument("--ds", required=True, help="the day, YYYY-MM-DD in the dataset's zone")
     result.add_argument(
@@ -206,6 +212,9 @@ def run(jobs: Sequence[str], args: argparse.Namespace) -> int:
             full=args.full,
         )
         for job in jobs:
+            if getattr(args, "stale_only", False) and is_current(job, context):
+                print(f"{_title(job, context)}: is current, not built again", flush=True)
+                continue
             started = time.monotonic()
             importlib.import_module(f"jobs.{job}").run(context)
             print(f"{_title(job, context)}: done in {time.monotonic() - started:.1f} s", flush=True)
@@ -231,6 +240,17 @@ def run(jobs: Sequence[str], args: argparse.Namespace) -> int:
         if context is not None:
             context.close()
     return DONE
+
+
+def is_current(job: str, context: JobContext) -> bool:
+    """Whether every table that a feature job writes of the context's day is there and current."""
+    from feature_store.ledger import PRODUCERS
+    from feature_store.lineage import feature_tables
+
+    lineage, ds = context.lake.lineage(), context.ds
+    tables = [t for t in feature_tables(context.dataset) if PRODUCERS[t] == job]
+    written = all(lineage.get(t, ds) for t in tables)
+    return bool(tables) and written and not any(lineage.stale(t, ds) for t in tables)
 
 
 def _keep_scratch_inside(settings: Settings) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from feature_store.days import day_range, end_us, micros, shift
-from feature_store.errors import DataError, QualityError
+from feature_store.errors import DataError, QualityError, StalePartitionError
 from jobs.context import JobContext, main
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def run(context: JobContext) -> None:
     Raises:
         HeadwaterError: the day has no champion.
         MissingPartitionError: the day's user table has not been written.
+        StalePartitionError: the user table is not current, or the champion was chosen by tables that
+            are not.
         QualityError: an embedding is not finite, or all zeros.
     """
     from feature_store import quality
@@ -47,6 +49,12 @@ def run(context: JobContext) -> None:
     root = context.settings.snapshot_dir(dataset.name, model, ds).parent
     champion = Checkpoints(root).require_champion(ds)
     chosen = preset(dataset, model)
+    lineage = lake.lineage()
+    if Checkpoints(root).decided_from(ds)[1] != lineage.identity("user_embeddings", ds):
+        raise StalePartitionError(
+            f"champion of {model} on {ds} was chosen by tables that were replaced since: run python -m "
+            f"jobs train_upstream publish_embeddings --dataset {dataset.name} --ds {ds} --model {model}"
+        )
     users = UserRows.of(lake, chosen, ds)
     ids, raw = embed(context, chosen, champion, users, Checkpoints(root))
     if not len(ids):
@@ -54,9 +62,14 @@ def run(context: JobContext) -> None:
             f"{users.table} of {dataset.name} on {ds} has no user: nothing to publish; "
             "check that the source has events on that day"
         )
-    published = lake.partitions("user_embeddings", model)
     before_days = [shift(ds, -i) for i in range(1, POOLED_DAYS)]
-    before = [read_embeddings(lake, model, d, "raw") for d in before_days if d in published]
+    published = [
+        day
+        for day in before_days
+        if lineage.get("user_embeddings", day, model)
+        and not lineage.stale("user_embeddings", day, model)
+    ]
+    before = [read_embeddings(lake, model, day, "raw") for day in published]
     notes = statistics(
         context, ids, raw, before[0] if before and before[0].ds == before_days[0] else None
     )

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_store.days import shift
+from feature_store.errors import MissingPartitionError, StalePartitionError
+from feature_store.lineage import definition
 from feature_store.spec import Dataset
 from jobs.context import JobContext, main
 
@@ -102,12 +104,17 @@ class UpstreamDay:
 
         checkpoints, ds = self.checkpoints, self.context.ds
         learner = self.learner()
-        parent = checkpoints.newest_champion(shift(ds, -1))
+        parent = self.parent()
         evaluation, scored = self.evaluate(learner)
         candidate, progress = self.train(learner, parent)
         gate = self.gate(learner, candidate, parent)
         champion = candidate if gate["accepted"] or parent is None else parent
-        checkpoints.set_champion(ds, champion.id, accepted=gate["accepted"], candidate=candidate.id)
+        lineage = self.context.lake.lineage()
+        checkpoints.set_champion(
+            ds, champion.id, accepted=gate["accepted"], candidate=candidate.id,
+            definition=definition(self.dataset, "user_embeddings"),
+            identity=lineage.identity("user_embeddings", ds),
+        )  # fmt: skip
         folder = checkpoints.day(ds)
         write_evaluation(self.dataset, scored, folder / EVALUATION)
         result = {
@@ -124,6 +131,37 @@ class UpstreamDay:
         }
         write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
         return result
+
+    def parent(self) -> Snapshot | None:
+        """The champion of the newest day before; None before the first.
+
+        Raises:
+            MissingPartitionError: a day between has labels and was not trained on.
+            StalePartitionError: it was trained on tables that were replaced since. Tables of another
+                definition do not matter: a model outlives a change of the spec, weight by name.
+        """
+        checkpoints, ds, lineage = self.checkpoints, self.context.ds, self.context.lake.lineage()
+        days = [day for day in checkpoints.champion_days() if day < ds]
+        if not days:
+            return None
+        remedy = (
+            f"run make run DATASET={self.dataset.name}, or train_upstream and publish_embeddings of"
+        )
+        between = [day for day in lineage.days("labels") if days[-1] < day < ds]
+        if between:
+            raise MissingPartitionError(
+                f"champion of {self.model} on {between[0]} is missing and that day has labels, so that "
+                f"{ds} would be trained on without them: {remedy} {between[0]}"
+            )
+        made_of, identity = checkpoints.decided_from(days[-1])
+        if made_of == definition(self.dataset, "user_embeddings") and identity != lineage.identity(
+            "user_embeddings", days[-1]
+        ):
+            raise StalePartitionError(
+                f"champion of {self.model} on {days[-1]} was trained on tables that were replaced since: "
+                f"{remedy} {days[-1]}"
+            )
+        return checkpoints.champion(days[-1])
 
     def learner(self) -> Learner:
         """The model with its first weights, fixed by its name and the day."""
@@ -186,7 +224,8 @@ class UpstreamDay:
         config = to_plain(self.preset)
         key = run_hash(
             model=self.model, ds=ds, config=config, spec=self.dataset.hash,
-            parent=parent.id if parent else None, inputs=self.day.inputs,
+            parent=parent.id if parent else None,
+            inputs=self.context.lake.lineage().identities(self.day.inputs),
         )  # fmt: skip
         known = checkpoints.trained(ds, key)
         if known is not None:

@@ -81,7 +81,7 @@ def dataset(*, user_id_type: IdType = IdType.INT64, name: str = "synthetic") -> 
     )  # fmt: skip
 
 
-_TABLES = ("examples", "labels", "aggregates", "sequences", "impressions", "item_aggregates")
+_TABLES = ("impressions", "examples", "labels", "aggregates", "sequences", "item_aggregates")
 
 
 def tables(

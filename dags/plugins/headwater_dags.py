@@ -3,6 +3,7 @@
 Environment, read once when this module is loaded:
     HEADWATER_DATASETS   comma-separated names: only these have DAGs here (default: every dataset)
     HEADWATER_SCHEDULED  0: the clock starts nothing, only backfills and people do (default: 1)
+    HEADWATER_AGAIN      1: feature tables are built also where they are current (default: 0)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ RETRY_DELAY = timedelta(seconds=10)
 MAX_INGESTS = 2  # days read at once; features go one day at a time
 
 _CHOSEN = tuple(n.strip() for n in os.environ.get("HEADWATER_DATASETS", "").split(",") if n.strip())
+_AGAIN = os.environ.get("HEADWATER_AGAIN", "0") != "0"
 _SCHEDULED = os.environ.get("HEADWATER_SCHEDULED", "1") != "0"
 
 
@@ -42,6 +44,7 @@ def chosen_stages(*prefixes: str) -> Iterator[tuple[Dataset, Stage]]:
 def command(dataset: Dataset, step: Step) -> list[str]:
     """The command line of a step; the day is a template."""
     limits = [
+        *(() if _AGAIN else ("--stale-only",)),
         *(("--model", step.model) if step.model else ()),
         *(("--task", step.task) if step.task else ()),
     ]

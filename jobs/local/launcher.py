@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -25,6 +25,7 @@ class Launcher:
 
     Args:
         since: of pairs that are built again, only runs made since then (ISO instant) count; "": all.
+        stale: pairs whose runs that succeeded before this moment do not count.
         backwards: ingest the last day first.
     """
 
@@ -35,14 +36,18 @@ class Launcher:
         services: AirflowServices,
         since: str,
         *,
+        stale: Collection[Pair] = (),
         backwards: bool = False,
     ) -> None:
         self.plan = plan
         self.client = client
         self.services = services
         self.since = since
+        self.stale = frozenset(stale)
+        self.begun = instant()
         self.backwards = backwards
         self.runs: dict[Pair, DagRun] = {}
+        self.done_before: set[Pair] = set()  # stale ones
         self.days: dict[tuple[str, str], str] = {}  # (DAG, run) -> day
         self.told: set[tuple[str, str | None]] = set()
 
@@ -57,6 +62,12 @@ class Launcher:
         try:
             self.look()
             done = sum(s == DONE for s in self.states.values())
+            again = len({p for p in self.done_before if p in self.stale})
+            if again:
+                progress.say(
+                    f"{again} of {len(self.plan.pairs)} were done from sources, or under a spec, that are "
+                    "not those of now: they are done again"
+                )
             if done:
                 progress.say(f"{done} of {len(self.plan.pairs)} were done before")
             for pair in self.plan.failed(self.states):
@@ -77,9 +88,8 @@ class Launcher:
         for first, last in _ranges(self.plan.by_clock(states)):
             dag_id = self.plan.stages[0].dag_id
             try:
-                self.client.backfill(
-                    dag_id, first, last, again=bool(self.since), backwards=self.backwards
-                )
+                again = bool(self.since or self.stale)
+                self.client.backfill(dag_id, first, last, again=again, backwards=self.backwards)
             except AirflowError as error:
                 if error.status != 409:  # a backfill of a run before is still active
                     raise
@@ -103,6 +113,9 @@ class Launcher:
             self.days[run.dag_id, run.run_id] = run.day
             pair = (run.dag_id, run.day)
             if run.day not in self.plan.days or run.created < self.since:
+                continue
+            if pair in self.stale and run.state == DONE and run.created < self.begun:
+                self.done_before.add(pair)
                 continue
             known = self.runs.get(pair)
             if (
@@ -182,6 +195,11 @@ class Launcher:
             progress.say(f"did not come although nothing failed: {named(lost)}")
         progress.say("mend the cause and give the same command again: it goes on from here")
         return False
+
+
+def instant() -> str:
+    """This moment as Airflow writes it, comparable as text."""
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
 def last_error(log: Path) -> str:

@@ -9,7 +9,7 @@ Pure: states in, decisions out. A pair is (DAG id, day); its state is that of it
 | none, something that it waits for is not done | what is done is announced again; the rest will be when it is |
 | failed | its failed tasks run again |
 | queued, running | waited for |
-| success | done |
+| success | done, unless what it made is not current: then as where there is none |
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from feature_store.days import day_range, shift
-from feature_store.errors import MissingPartitionError, SpecError
+from feature_store.errors import MissingPartitionError, SpecError, StalePartitionError
 from feature_store.pipeline import Stage, stages
 from feature_store.spec import Dataset
 
@@ -65,6 +65,21 @@ def check_history(dataset: Dataset, first: str, built: Collection[str]) -> None:
         f"FROM is {first}, but {dataset.name} is built up to {last}: its histories would have a gap; "
         f"choose FROM={shift(last, 1)} or earlier"
     )
+
+
+def check_current(dataset: Dataset, first: str, stale: Collection[str]) -> None:
+    """Whether what a run from `first` on builds on is current, when the days `stale` are not.
+
+    Raises:
+        StalePartitionError: a day before is not.
+    """
+    before = [day for day in sorted(stale) if day < first]
+    if before:
+        raise StalePartitionError(
+            f"FROM is {first}, but {len(before)} days before it, from {before[0]} on, were built from "
+            f"sources that were replaced, or under a spec that has changed: choose FROM={before[0]}, "
+            "or leave it out"
+        )
 
 
 @dataclass(frozen=True)

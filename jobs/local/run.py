@@ -5,8 +5,9 @@
 
 Starts the engine and Airflow (SQLite, local processes, loopback), backfills the ingest DAG, lets the
 asset-driven DAGs follow, and stops everything at the end. Stopped at any point, even by a kill, the
-same command goes on where it was: days that are done stay done, failed tasks run again. `--again`
-builds the days again although they are done.
+same command goes on where it was: days that are done stay done, failed tasks run again, and what was
+made from a source that was replaced, or under a spec that has changed, is made again. `--again` builds
+every day again.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 from feature_store import datasets
 from feature_store.days import parse_day
 from feature_store.errors import DataError, HeadwaterError
 from feature_store.spec import Dataset
-from jobs.local.launcher import Launcher
-from jobs.local.plan import Plan, check_history, choose_days
+from jobs.local.launcher import Launcher, instant
+from jobs.local.plan import Plan, check_current, check_history, choose_days
 from jobs.local.services import AirflowServices
+from jobs.local.stale import not_current, stale_days
 from jobs.settings import REPOSITORY, Settings
 
 DEVICES_POOL = "devices"
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             f"SOURCE is missing: name the folder of {dataset.name}'s raw logs, as in SOURCE=/data/logs"
         )
     check_history(dataset, days[0], _built(settings, dataset))
+    check_current(dataset, days[0], stale_days(dataset, settings))
 
     from jobs import spark
 
@@ -103,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
         flush=True,
     )
     plan = Plan(dataset, tuple(days))
-    services = services_for(settings, dataset, source)
+    again = args.again or _again_file(settings, dataset).exists()
+    services = services_for(settings, dataset, source, again=again)
     services.acquire()
     started = time.monotonic()
     ok = False
@@ -123,7 +126,9 @@ def run(args: argparse.Namespace) -> int:
             f"Airflow: {services.url} (ready after {time.monotonic() - started:.0f} s)", flush=True
         )
         since = _again_since(settings, plan, again=args.again)
-        ok = Launcher(plan, client, services, since, backwards=args.backwards).run()
+        stale = not_current(plan, settings)
+        launcher = Launcher(plan, client, services, since, stale=stale, backwards=args.backwards)
+        ok = launcher.run()
         if ok:
             _again_file(settings, dataset).unlink(missing_ok=True)
     finally:
@@ -133,6 +138,13 @@ def run(args: argparse.Namespace) -> int:
             if not settings.spark_remote and not ok:
                 spark.stop(settings)
     print(f"{len(days)} days in {time.monotonic() - started:.0f} s", flush=True)
+    later = [day for day in stale_days(dataset, settings) if day > days[-1]]
+    if later:
+        print(
+            f"days up to {later[-1]} were built on what was replaced: "
+            f"make run DATASET={dataset.name} TO={later[-1]} builds them again",
+            flush=True,
+        )
     code = 1
     if ok:
         command = [
@@ -152,10 +164,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def services_for(
-    settings: Settings, dataset: Dataset | None, source: Path | None
+    settings: Settings, dataset: Dataset | None, source: Path | None, *, again: bool = False
 ) -> AirflowServices:
     """Airflow's services for one dataset's DAGs (None: every dataset's), with what tasks need to know."""
     environment = {"HEADWATER_HOME": str(settings.home), "HEADWATER_SCHEDULED": "0"}
+    environment["HEADWATER_AGAIN"] = str(int(again))
     environment["HEADWATER_DATASETS"] = dataset.name if dataset else ""
     if source is not None:
         environment["HEADWATER_SOURCE"] = str(source)
@@ -202,7 +215,7 @@ def _again_since(settings: Settings, plan: Plan, *, again: bool) -> str:
         return str(held["since"])
     if not again:
         return ""
-    since = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    since = instant()
     path.write_text(json.dumps(wanted | {"since": since}))
     return since
 

@@ -183,6 +183,13 @@ class Checkpoints:
         path = self.day(ds) / CHAMPION
         return self.get(json.loads(path.read_text())["snapshot"]) if path.exists() else None
 
+    def decided_from(self, ds: str) -> tuple[str, str]:
+        """Definition and identity of the tables by which the champion of `ds` was chosen; "" where none
+        was."""
+        path = self.day(ds) / CHAMPION
+        record = json.loads(path.read_text()) if path.exists() else {}
+        return record.get("definition", ""), record.get("identity", "")
+
     def champion_days(self) -> list[str]:
         """Days that have a champion, ascending."""
         return sorted(p.parent.name for p in self.root.glob(f"*/{CHAMPION}"))
@@ -216,9 +223,10 @@ def run_hash(
     config: Mapping[str, Any],
     spec: str,
     parent: str | None,
-    inputs: Mapping[str, int],
+    inputs: Mapping[str, str],
 ) -> str:
-    """16 hex digits that change with anything that decides a training."""
+    """16 hex digits that change with anything that decides a training; `inputs` by their identity, as the
+    same partition may lie at several versions."""
     parts = [model, ds, config, spec, parent, dict(inputs)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

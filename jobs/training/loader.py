@@ -112,6 +112,7 @@ def labelled_day(
 
     Raises:
         MissingPartitionError: labels, or examples that labels point to, have not been written.
+        StalePartitionError: one of them is not current, so that they may not belong together.
     """
     names = [t.name for t in dataset.tasks] if tasks is None else list(tasks)
     found = lake.require("labels", [ds]) if inputs is None else inputs
@@ -140,11 +141,11 @@ def _co_occurrences(
 ) -> CoOccurrences | None:
     if dataset.co_occurrence is None:
         return None
+    prefix = pin("item_aggregates", "")
     if inputs is None:
-        known = {day: found.version for day, found in lake.partitions("item_aggregates").items()}
-    else:
-        prefix = pin("item_aggregates", "")
-        known = {k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)}
+        days = days_read(dataset, list(lake.partitions("item_aggregates")), shown)
+        inputs = lake.require("item_aggregates", days)
+    known = {k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)}
     days = days_read(dataset, list(known), shown)
     return CoOccurrences(lake, dataset, {day: known[day] for day in days})
 

@@ -213,7 +213,7 @@ def test_a_rejected_candidate_leaves_the_champion_to_publish_and_to_start_the_ne
     mine = _elsewhere(settings, tmp_path)
     mine = replace(mine, lake_root=str(tmp_path / "lake"))
     source, lake = Lake(settings.lake_root, SPEC), Lake(mine.lake_root, SPEC)
-    for table in ("examples", "labels", "aggregates", "impressions"):
+    for table in ("impressions", "examples", "labels", "aggregates"):
         for ds in DAYS[:3]:
             data = source.read(table, days=[ds])
             lake.publish_arrow(table, ds, data, inputs={}, code_version="test")

@@ -19,10 +19,16 @@ from deltalake import DeltaTable
 
 from feature_store import quality
 from feature_store.commit import replace_partition
-from feature_store.errors import ContractError, DataError, MissingPartitionError
+from feature_store.errors import (
+    ContractError,
+    DataError,
+    MissingPartitionError,
+    StalePartitionError,
+)
 from feature_store.lake import Lake
 from feature_store.ledger import pin
-from feature_store.spec import Attribute, Kind
+from feature_store.lineage import definition
+from feature_store.spec import Attribute, IdType, Kind
 from feature_store.tables import contract
 from tests.synthetic import FIRST_DAY, dataset, tables
 
@@ -113,7 +119,7 @@ def test_the_ledger_tells_how_a_partition_was_made(lake: Lake) -> None:
     assert found == {DAY: made}
     assert made.rows == 3 and made.bytes > 0 and made.inputs == {f"events/{DAY}": 3}
     assert made.notes == {"duplicates": 2} and made.engine == "sail-0.7.2"
-    assert made.spec_hash == SPEC.hash and made.code_version == "v1"
+    assert made.definition == definition(SPEC, "truth") and made.code_version == "v1"
     assert lake.partitions("events") == {}
 
 
@@ -182,7 +188,7 @@ def test_batches_are_bounded_and_hold_every_row_in_one_order(lake: Lake) -> None
     assert [b.num_rows for b in again] == [b.num_rows for b in found]
 
 
-def test_a_schema_grows_by_adding_and_by_nothing_else(lake: Lake, tmp_path: Path) -> None:
+def test_a_schema_grows_and_a_spec_can_go_back(lake: Lake, tmp_path: Path) -> None:
     base = SPEC
     lake.publish_arrow(
         "sequences",
@@ -212,9 +218,31 @@ def test_a_schema_grows_by_adding_and_by_nothing_else(lake: Lake, tmp_path: Path
     wider.publish_arrow("sequences", NEXT, new, inputs={}, code_version="v2")
     assert wider.read("sequences", days=[NEXT], columns=[name]).column(0).to_pylist() == sizes
     assert wider.read("sequences", days=[DAY], columns=[name]).column(0).null_count == old.num_rows
-    with pytest.raises(ContractError, match=f"sequences.{name} is stored as .*grow by adding only"):
-        lake.publish_arrow("sequences", DAY, old, inputs={}, code_version="v1")
-    assert wider.read("sequences", days=[DAY]).num_rows == old.num_rows
+    lake.publish_arrow("sequences", DAY, old, inputs={}, code_version="v1")
+    assert lake.read("sequences", days=[DAY]).select(old.schema.names).equals(old)
+    assert lake.read("sequences", days=[NEXT]).num_rows == old.num_rows
+    assert wider.read("sequences", days=[NEXT], columns=[name]).column(0).to_pylist() == sizes
+
+
+def test_a_column_of_another_type_begins_the_table_anew_and_pins_read_the_old_one(
+    lake: Lake, tmp_path: Path
+) -> None:
+    old = tables(SPEC, days=1, users=4)["sequences"][FIRST_DAY]
+    before = lake.publish_arrow("sequences", DAY, old, inputs={}, code_version="v1")
+    likes = SPEC.stream("likes")
+    image = Attribute(name="image", id_type=IdType.STRING)
+    streams = (replace(likes, attributes=(likes.attributes[0], image)), *SPEC.streams[1:])
+    texts = Lake(tmp_path / "lake", replace(SPEC, streams=streams))
+    name = "history__likes__image"
+    names = [["a.png"] * len(v) for v in old.column(name).to_pylist()]
+    schema = contract(texts.dataset, "sequences").schema
+    columns = {n: old.column(n) for n in old.schema.names} | {name: pa.array(names)}
+    new = pa.table([columns[n] for n in schema.names], schema=schema)
+    texts.publish_arrow("sequences", DAY, new, inputs={}, code_version="v2")
+    assert texts.read("sequences", days=[DAY], columns=[name]).column(0).equals(new.column(name))
+    assert lake.read("sequences", days=[DAY], version=before.version).num_rows == old.num_rows
+    with pytest.raises(StalePartitionError, match="made under definition"):
+        lake.require("sequences", [DAY])
 
 
 _KILLED = """
