@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as pads
 
@@ -40,8 +41,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def _values(column: pa.Array) -> np.ndarray:
     """One uint64 per value of a column of numbers, texts or lists of them."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         hashed = _lists(column)
     elif pa.types.is_floating(column.type):
@@ -52,10 +51,19 @@ def _values(column: pa.Array) -> np.ndarray:
         hashed = column.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
         hashed = hashed.view(np.uint64)
     else:
-        texts = column.fill_null("" if column.type != pa.binary() else b"")
-        hashed = pd.util.hash_array(texts.to_numpy(zero_copy_only=False).astype(object))
+        hashed = _texts(column)
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     return np.where(valid, _mix(hashed ^ _STEP), _NULL)
+
+
+def _texts(column: pa.Array) -> np.ndarray:
+    """One uint64 per text or binary value, each distinct one hashed once."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    distinct = column.dictionary.cast(pa.binary()).to_pylist()
+    hashes = [hashlib.blake2b(t, digest_size=8).digest() for t in distinct] or [bytes(8)]
+    table = np.frombuffer(b"".join(hashes), np.uint64)
+    return table[column.indices.fill_null(0).to_numpy(zero_copy_only=False)]
 
 
 def _lists(column: pa.ListArray) -> np.ndarray:
