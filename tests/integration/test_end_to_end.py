@@ -16,8 +16,13 @@ from typing import Any
 import pytest
 
 from feature_store import datasets
+from feature_store.days import day_range
 from feature_store.embeddings import read_embeddings
+from feature_store.errors import StalePartitionError
 from feature_store.lake import Lake
+from jobs.local.plan import Plan, check_current
+from jobs.local.stale import not_current, stale_days
+from jobs.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 FIRST, LAST = "2024-03-01", "2024-03-05"
@@ -96,6 +101,28 @@ def test_the_page_is_whole(home: Path) -> None:
     assert page.count("<svg") >= 4
     assert "simulated data" in page
     assert "Downstream models read raw ones." in page
+
+
+def test_a_full_run_leaves_nothing_stale_and_a_corrected_day_everything_after_it(
+    home: Path,
+) -> None:
+    dataset = datasets.get("simulated")
+    settings = Settings.from_env({"HEADWATER_HOME": str(home)})
+    plan = Plan(dataset, tuple(day_range(FIRST, LAST)))
+    assert not_current(plan, settings) == set()
+    lake, day = Lake(home / "lake", dataset), "2024-03-03"
+    rows = lake.read("events", days=[day])
+    again = {"inputs": {}, "code_version": "test"}
+    lake.publish_arrow("events", day, rows.take(range(rows.num_rows - 1, -1, -1)), **again)
+    assert not_current(plan, settings) == set(), "the same events in another order"
+    lake.publish_arrow("events", day, rows.slice(1), **again)
+    stale = not_current(plan, settings)
+    assert {d for _, d in stale} == {"2024-03-03", "2024-03-04", LAST}
+    assert {s.dag_id for s in plan.stages} - {d for d, _ in stale} == {plan.stages[0].dag_id}
+    with pytest.raises(StalePartitionError, match="FROM is 2024-03-04"):
+        check_current(dataset, "2024-03-04", stale_days(dataset, settings))
+    lake.publish_arrow("events", day, rows, **again)
+    assert not_current(plan, settings) == set()
 
 
 def test_nothing_is_written_but_under_the_home(home: Path) -> None:
