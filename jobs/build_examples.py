@@ -22,7 +22,7 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from feature_store.days import shift
-from feature_store.spec import Dataset, EventStream
+from feature_store.spec import Dataset, EventStream, IdType
 from feature_store.tables import (
     context_column,
     contract,
@@ -187,6 +187,7 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
     of the day up to here, itself included.
     """
     streams = dataset.streams
+    numbers = dataset.target_id_type is IdType.INT64
     index = F.coalesce(
         *(F.when(F.col("stream") == s.name, F.lit(i)) for i, s in enumerate(streams)),
         F.lit(len(streams)),
@@ -200,6 +201,7 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
         F.col("available_time").alias("at"),
         index.alias("stream"),
         F.col("event_id").alias("id"),
+        F.lit(None).cast("int").alias("kind"),
         event,
         no_target,
     ).unionByName(
@@ -207,13 +209,14 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
             "user_id",
             F.col("as_of").alias("at"),
             F.lit(_TARGET).alias("stream"),
-            F.col("target_id").alias("id"),
+            (F.col("target_id") if numbers else F.xxhash64("target_id")).alias("id"),
+            F.col("target.targets__target").alias("kind"),
             "target",
         ),
         allowMissingColumns=True,
     )  # fmt: skip
     # Targets sort before events of the same instant, since their stream is -1: `available_time < as_of`.
-    timeline = Window.partitionBy("user_id").orderBy("at", "stream", "id")
+    timeline = Window.partitionBy("user_id").orderBy("at", "stream", "id", "kind")
     so_far = timeline.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     return rows.select(
         "*",
