@@ -63,9 +63,9 @@ def test_item_counts_by_the_hour_equal_the_naive_reference(spark, world):
     for day in DAYS[:3]:
         earlier = frame(spark, until(written, day), "item_aggregates")
         today = frame(spark, world.events[day], "events")
-        state = reference.sequences(world.events, TINY, day, base=True)
-        sequences = frame(spark, state, "sequences")
-        written[day] = rows_of(item_features.transform(today, earlier, sequences, TINY, day))
+        held = reference.sequences(world.events, TINY, shift(day, -1), base=True)
+        state = frame(spark, held, "sequences").drop("ds")
+        written[day] = rows_of(item_features.transform(today, earlier, state, TINY, day))
         want = reference.item_aggregates(world.events, TINY, day)
         assert_same(written[day], want, "item_aggregates")
 
