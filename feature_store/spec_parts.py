@@ -92,7 +92,6 @@ class Attribute:
         check_name("Attribute.name", self.name)
         if not self.vocabulary:
             object.__setattr__(self, "vocabulary", self.name)
-        check_name("Attribute.vocabulary", self.vocabulary)
         if self.kind is Kind.VECTOR:
             check(
                 self.dim is not None and self.dim > 0,

@@ -1,7 +1,7 @@
 """`examples`: one row per user-day, the history once and every target of the day with what it may see.
 
 A user's events and targets of the day are put into one timeline, ordered by (availability or
-`as_of`, targets first, stream, id), so that running counts say how many events are available before
+`as_of`, targets first, stream, id, kind of target), so that running counts say how many events are available before
 each target: point in time without a join per target. One grouping then packs both, behind the
 history as of the evening before. A user-day of more than `max_part_rows` events and targets is cut
 into consecutive parts: each starts from the last `max_events` of each stream before its own first
@@ -194,13 +194,16 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
         F.lit(len(streams)),
     )
     event = F.struct("event_time", *(a.name for a in dataset.event_attributes)).alias("event")
+    target_id = spark_type(contract(dataset, "impressions").schema.field("target_id").type)
     # Sail would fill in a void column
     no_target = F.lit(None).cast(_target_type(dataset)).alias("target")
     rows = events.select(
         "user_id",
         F.col("available_time").alias("at"),
         index.alias("stream"),
-        F.col("event_id").alias("id"),
+        "event_id",
+        F.col("event_id").cast(target_id).alias("target_id"),
+        index.alias("kind"),
         event,
         no_target,
     ).unionByName(
@@ -208,13 +211,17 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
             "user_id",
             F.col("as_of").alias("at"),
             F.lit(_TARGET).alias("stream"),
-            F.col("target_id").alias("id"),
+            F.col("as_of").alias("event_id"),
+            "target_id",
+            F.col("target.targets__target").alias("kind"),
             "target",
         ),
         allowMissingColumns=True,
     )  # fmt: skip
     # Targets sort before events of the same instant, since their stream is -1: `available_time < as_of`.
-    timeline = Window.partitionBy("user_id").orderBy("at", "stream", "id")
+    # No column of the order is a constant in half of the union: see `build_labels`.
+    order = ("at", "stream", "event_id", "target_id", "kind")
+    timeline = Window.partitionBy("user_id").orderBy(*order)
     so_far = timeline.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     return rows.select(
         "*",

@@ -244,11 +244,14 @@ def examples(
     state = states(events, dataset, shift(ds, -1))
     served = {} if first else {r["user_id"]: r for r in aggregates(events, dataset, shift(ds, -1))}
     order = {s.name: i for i, s in enumerate(dataset.streams)}
+    kinds = [t.name for t in dataset.targets]
     rows = []
     for user in {t["user_id"] for t in impressions[ds]}:
         held = state.get(user, {s.name: [] for s in dataset.streams})
         day = [
-            ((t["as_of"], -1, t["target_id"]), t) for t in impressions[ds] if t["user_id"] == user
+            ((t["as_of"], -1, t["target_id"], kinds.index(t["target"])), t)
+            for t in impressions[ds]
+            if t["user_id"] == user
         ]
         for s in dataset.streams:
             day += [
@@ -317,11 +320,15 @@ def labels(
     rows = []
     for task in dataset.tasks:
         shown = shift(ds, -task.matures_after)
-        targets = {t["target_id"]: t for t in impressions.get(shown, ())}
+        targets = {
+            (t["user_id"], t["target"], t["target_id"]): t for t in impressions.get(shown, ())
+        }
         for example in example_rows.get(shown, ()):
             answers = []
-            for target_id in example["targets__target_id"]:
-                target = targets[target_id]
+            for kind, target_id in zip(
+                example["targets__target"], example["targets__target_id"], strict=True
+            ):
+                target = targets[example["user_id"], dataset.targets[kind].name, target_id]
                 asked = target["target"] in task.targets
                 if task.domain is not None:
                     asked = asked and target[dataset.domain] == task.domain
