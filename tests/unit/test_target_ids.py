@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from feature_store.days import HOUR_US, start_us
 from feature_store.spec import Attribute, EventLabel, IdType, Kind, Task
 from feature_store.spec_parts import MAX_FLOAT32
+from feature_store.tables import NO_LABEL, contract
 from jobs import build_aggregates, build_examples, build_labels
+from jobs.train_upstream import write_evaluation
+from jobs.training.loader import Limits, cuts
+from jobs.training.loop import concat, labelled_predictions
+from jobs.training.rows import decode
+from tests import synthetic
 from tests.frames import frame, rows_of
 from tests.tiny import DAYS, TINY, Row, event, target
 
@@ -74,3 +85,32 @@ def test_a_sum_that_float32_cannot_hold_is_its_largest_number(spark) -> None:
     most = [event(i, "click", i % 2, NOON + i, price=(-1) ** i * 3e38) for i in range(4)]
     rows = rows_of(build_aggregates.transform(frame(spark, most, "events"), TINY, DS))
     assert {r["user_id"]: r["dense__spent"] for r in rows} == {0: MAX_FLOAT32, 1: -MAX_FLOAT32}
+
+
+def test_predictions_carry_the_ids_of_the_source(tmp_path: Path) -> None:
+    spec = replace(synthetic.dataset(user_id_type=IdType.STRING), target_id_type=IdType.STRING)
+    numbered = synthetic.tables(replace(spec, target_id_type=IdType.INT64), days=2, users=9)
+    table = numbered["examples"][synthetic.FIRST_DAY]
+    at = table.schema.get_field_index("targets__target_id")
+    ids = pc.cast(table["targets__target_id"], pa.list_(pa.string()))
+    table = table.set_column(at, contract(spec, "examples").schema.field(at), ids)
+    count = sum(map(len, ids.to_pylist()))
+    labels = np.full((count, 2), NO_LABEL, np.int32)
+    labels[::2, 0] = 1
+    rows = decode(spec, table, labels=labels).asked()
+    scored = [
+        labelled_predictions(spec, rows, lo, hi, batch, np.full((batch.targets, 2), 0.5))
+        for lo, hi in cuts(rows, Limits(max_targets=3))
+        for batch in [rows.batch(lo, hi)]
+    ]
+    write_evaluation(spec, concat(scored), tmp_path / "all.parquet")
+    write_evaluation(spec, concat([]), tmp_path / "none.parquet")
+    written = pq.read_table(tmp_path / "all.parquet")
+    pairs = [
+        (u, t)
+        for u, of in zip(table["user_id"].to_pylist(), ids.to_pylist(), strict=True)
+        for t in of
+    ]
+    found = list(zip(written["user_id"].to_pylist(), written["target_id"].to_pylist(), strict=True))
+    assert found == pairs[::2] and len(scored) > 2
+    assert pq.read_schema(tmp_path / "none.parquet") == written.schema
