@@ -24,7 +24,14 @@ from feature_store.days import day_range
 from jobs.settings import REPOSITORY
 
 ENGINES = ("spark", "sail")
-JOBS = ("ingest", "build_sequences", "build_aggregates", "build_examples", "build_labels")
+JOBS = (
+    "ingest",
+    "build_sequences",
+    "build_aggregates",
+    "build_item_aggregates",
+    "build_examples",
+    "build_labels",
+)
 TABLES = (
     "events",
     "impressions",

@@ -32,7 +32,7 @@ PRODUCERS = {
     "truth": "ingest",
     "sequences": "build_sequences",
     "aggregates": "build_aggregates",
-    "item_aggregates": "build_aggregates",
+    "item_aggregates": "build_item_aggregates",
     "examples": "build_examples",
     "labels": "build_labels",
     "user_embeddings": "publish_embeddings",

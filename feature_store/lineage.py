@@ -89,7 +89,7 @@ def _parts(dataset: Dataset, table: str) -> list[object]:
         return [zone, dataset.user_id_type, _sorted(streams)]
     if table in ("impressions", "truth"):
         targets = [(t.name, t.has_item, t.id_from, _sorted(t.context)) for t in dataset.targets]
-        ids = (dataset.user_id_type, dataset.item_id_type, getattr(dataset, "target_id_type", ""))
+        ids = (dataset.user_id_type, dataset.item_id_type, dataset.target_id_type)
         return [zone, *ids, _sorted(targets), sorted(dataset.given_labels)]
     if table == "sequences":
         lengths = sorted((s.name, s.max_events) for s in dataset.streams)

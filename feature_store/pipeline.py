@@ -85,7 +85,13 @@ def stages(dataset: Dataset) -> tuple[Stage, ...]:
         steps=(
             Step(
                 name="features",
-                jobs=("build_sequences", "build_aggregates", "build_examples", "build_labels"),
+                jobs=(
+                    "build_sequences",
+                    "build_aggregates",
+                    "build_item_aggregates",
+                    "build_examples",
+                    "build_labels",
+                ),
             ),
         ),
         emits=(asset("sequences"), asset("examples")),

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from feature_store.days import DAY_US, HOUR_US, shift
+from feature_store.days import DAY_US, HOUR_US
 from feature_store.lineage import cutoff_us, event_days
 from feature_store.spec import Aggregate, Dataset, DenseFeature, IdType, SparseFeature
+from feature_store.spec_parts import MAX_FLOAT32
 from feature_store.tables import (
     contract,
     dense_column,
@@ -24,7 +25,6 @@ from feature_store.tables import (
     sparse_column,
     user_attribute_column,
 )
-from jobs import item_features
 from jobs.frames import (
     conform,
     days_from,
@@ -119,7 +119,9 @@ def _dense_value(feature: DenseFeature) -> Column:
     column = F.col(f"d__{feature.name}")
     if feature.aggregate is Aggregate.SUM:
         # In a fixed order: a sum of floats in the order that rows happen to come in does not repeat.
-        return F.aggregate(column, F.lit(0.0).cast("double"), lambda total, value: total + value)
+        total = F.aggregate(column, F.lit(0.0).cast("double"), lambda total, value: total + value)
+        # float32 ends before a double does
+        return F.greatest(F.least(total, F.lit(MAX_FLOAT32)), F.lit(-MAX_FLOAT32))
     if feature.aggregate is Aggregate.RECENCY:
         return column.cast("double") / F.lit(float(HOUR_US))
     if feature.aggregate is Aggregate.RATE:
@@ -188,27 +190,16 @@ def _sparse(events: DataFrame, dataset: Dataset, cutoff: int) -> DataFrame:
 
 
 def run(context: JobContext) -> None:
-    """Build `aggregates`, and `item_aggregates` where the spec has item features.
+    """Build `aggregates` of the context's day.
 
     Raises:
-        MissingPartitionError: events in the longest window, or item counts of a day before, are
-            missing.
+        MissingPartitionError: events in the longest window are missing.
     """
     dataset, ds = context.dataset, context.ds
     inputs: dict[str, int] = {}
     days = days_from(context.lake, "events", event_days(dataset, ds)[0], ds)
-    publish(
-        context, "aggregates", transform(read(context, "events", days, inputs), dataset, ds), inputs
-    )
-    if dataset.item_features is None:
-        return
-    inputs = {}
-    events = read(context, "events", [ds], inputs)
-    earlier = item_features.load(context, shift(ds, -1), inputs)
-    together = dataset.co_occurrence is not None
-    sequences = read(context, "sequences", [ds], inputs) if together else None
-    found = item_features.transform(events, earlier, sequences, dataset, ds)
-    publish(context, "item_aggregates", found, inputs)
+    frame = transform(read(context, "events", days, inputs), dataset, ds)
+    publish(context, "aggregates", frame, inputs)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ JOBS = (
     "ingest",
     "build_sequences",
     "build_aggregates",
+    "build_item_aggregates",
     "build_examples",
     "build_labels",
     "train_upstream",

@@ -9,14 +9,26 @@ import pytest
 
 from feature_store.errors import MissingPartitionError
 from feature_store.spec import Dataset
-from jobs import build_aggregates, build_examples, build_labels, build_sequences
+from jobs import (
+    build_aggregates,
+    build_examples,
+    build_item_aggregates,
+    build_labels,
+    build_sequences,
+)
 from jobs.context import JobContext
 from jobs.settings import Settings
 from tests import reference
 from tests.frames import assert_same
 from tests.tiny import DAYS, TINY, Row, World, arrow, make_world
 
-JOBS = (build_sequences, build_aggregates, build_examples, build_labels)
+JOBS = (
+    build_sequences,
+    build_aggregates,
+    build_item_aggregates,
+    build_examples,
+    build_labels,
+)
 BUILT = ("sequences", "aggregates", "item_aggregates", "examples", "labels")
 WORLD = make_world(seed=11, users=4, events=90, targets=60)
 for row in (r for rows in WORLD.impressions.values() for r in rows if r["target"] == "ad"):

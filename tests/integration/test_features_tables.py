@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 
 from feature_store.days import HOUR_US, end_us, shift, start_us
-from jobs import build_aggregates, build_labels, build_sequences, item_features
+from feature_store.lineage import event_days
+from jobs import build_aggregates, build_labels, build_sequences
 from jobs.frames import newest
 from tests import reference
-from tests.frames import assert_same, build_examples_of, frame, rows_of, until
+from tests.frames import assert_same, build_examples_of, build_items_of, frame, rows_of, until
 from tests.tiny import DAYS, TINY, Row, World, event, target, worlds
 
 
@@ -51,7 +52,7 @@ def test_an_event_delivered_again_is_dropped_while_the_state_holds_it(spark):
 @given(world=worlds())
 def test_aggregates_equal_the_naive_reference(spark, world):
     day = DAYS[3]
-    events = [e for d in build_aggregates.event_days(TINY, day) for e in world.events.get(d, [])]
+    events = [e for d in event_days(TINY, day) for e in world.events.get(d, [])]
     got = build_aggregates.transform(frame(spark, events, "events"), TINY, day)
     assert_same(rows_of(got), reference.aggregates(world.events, TINY, day), "aggregates")
 
@@ -59,15 +60,9 @@ def test_aggregates_equal_the_naive_reference(spark, world):
 @settings(max_examples=5)
 @given(world=worlds())
 def test_item_counts_by_the_hour_equal_the_naive_reference(spark, world):
-    written: dict[str, list[Row]] = {}
     for day in DAYS[:3]:
-        earlier = frame(spark, until(written, day), "item_aggregates")
-        today = frame(spark, world.events[day], "events")
-        state = reference.sequences(world.events, TINY, day, base=True)
-        sequences = frame(spark, state, "sequences")
-        written[day] = rows_of(item_features.transform(today, earlier, sequences, TINY, day))
         want = reference.item_aggregates(world.events, TINY, day)
-        assert_same(written[day], want, "item_aggregates")
+        assert_same(rows_of(build_items_of(spark, world, day)), want, "item_aggregates")
 
 
 def _labels(spark, world: World, examples: dict[str, list[Row]], ds: str) -> list[Row]:
