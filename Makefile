@@ -13,10 +13,12 @@ LOCK_SUM := $(shell cksum < requirements.lock | cut -d' ' -f1)
 STAMP := .venv/installed-$(LOCK_SUM)
 LOG := .venv/install.log
 OURS := dags feature_store jobs models
-RANGE = $(if $(SOURCE),--source '$(SOURCE)') $(if $(FROM),--first $(FROM)) $(if $(TO),--last $(TO)) $(if $(AGAIN),--again) $(if $(BACKWARDS),--backwards)
+RANGE = $(if $(SOURCE),--source "$$SOURCE") $(if $(FROM),--first $(FROM)) $(if $(TO),--last $(TO)) $(if $(AGAIN),--again) $(if $(BACKWARDS),--backwards)
 
 # bytecode is compiled by install; a run writes under HEADWATER_HOME only
 export PYTHONDONTWRITEBYTECODE = 1
+# the shell takes it from the environment: its name may hold what a shell would read
+export SOURCE
 
 # $(call step,what it is,command): one line with its time; the output only where it fails
 define step
