@@ -48,8 +48,8 @@ def read_csv(
 
     An empty field, quoted or not, is null; blank lines hold no row; spaces stay. Files may have
     further columns, in any order; what comes back has only `columns`, by their new names. The
-    engine reads a Parquet file in the temporary folder (`<HEADWATER_HOME>/tmp` in a job) that lives
-    as long as this process.
+    engine, which has to reach it, reads a Parquet file in the temporary folder (`tmp` in
+    `HEADWATER_HOME`) that lives as long as this process.
 
     Args:
         pattern: a glob such as `views-2024-05-01*.csv*`. Only names that end in its suffix (`.csv`
