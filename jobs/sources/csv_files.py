@@ -2,7 +2,8 @@
 
 RFC 4180 in UTF-8, with or without a byte order mark: fields parted by commas; one that holds a
 comma, a quote or a line break stands in quotes, and doubles the quotes inside; a backslash is a
-letter like any other; a line ends with `\\n`, `\\r\\n` or `\\r`. The first line names the columns.
+letter like any other; a line ends with `\\n`, `\\r\\n` or `\\r`. The first line names the columns. A
+field has up to 131,072 characters: more are a quote that was never closed.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def _records(file: Path) -> Iterator[tuple[int, str, list[str]]]:
                 held.clear()
     except csv.Error as error:
         raise DataError(
-            f"{file}, line {line}: quotes are not as in CSV ({error}): put a field that holds one "
-            'in quotes, close them, and double those inside ("")'
+            f"{file}, line {line} is not CSV ({error}): put a field that holds a quote in quotes, "
+            'close them, and double those inside ("")'
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(

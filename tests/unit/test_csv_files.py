@@ -139,13 +139,13 @@ def test_every_engine_gives_the_same_rows(spark: SparkSession, tmp_path: Path) -
 
 def test_what_is_not_csv_is_refused_with_file_and_line(tmp_path: Path) -> None:
     for raw, sentence in {
-        b'who,what\nann,1\n"bob,2\n': r"line 3: quotes are not as in CSV \(unexpected end of data\)",
-        b'who,what\nann,1\n"b" ob,2\n': "line 3: quotes are not as in CSV",
-        b'who,what\nann,1\nbob,5" disk\n': "line 3: quotes .*a quote inside a field",
-        b'who,what\n"a\nb",1\n"b\\"ob",2\n': "line 4: quotes",
+        b'who,what\nann,1\n"bob,2\n': r"line 3 is not CSV \(unexpected end of data\)",
+        b'who,what\nann,1\n"b" ob,2\n': "line 3 is not CSV",
+        b'who,what\nann,1\nbob,5" disk\n': "line 3 is not CSV .*a quote inside a field",
+        b'who,what\n"a\nb",1\n"b\\"ob",2\n': "line 4 is not CSV",
         b'who,what\n"'
         + b"a\n" * 70_000
-        + b'",1\n': "line 2: quotes .*field larger than field limit",
+        + b'",1\n': "line 2 is not CSV .*field larger than field limit",
         b"who,what\nann,1\nbob\n": "line 3 has 1 fields, and the header 2",
         b"who,what\nann,1,2\n": "line 2 has 3 fields",
         b"who,what\r\n\r\nann,1\r\nbob,1,\r\n": "line 4 has 3 fields",
