@@ -14,7 +14,9 @@ from pathlib import Path
 from feature_store.errors import SpecError
 
 _PLAIN = re.compile(r"[A-Za-z0-9/._+=,:-]*")
-_NO_DELTA = re.compile(r"[%\[\]\\^|\x00-\x1f]")  # deltalake follows links, and quotes these wrongly
+_NO_DELTA = re.compile(
+    r"[\[\]\\^|\x00-\x1f]|%[0-9A-Fa-f]{2}"
+)  # deltalake follows links, and quotes these wrongly
 _LINKS = Path("/tmp")  # not TMPDIR: parent and child processes have to find the same link
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pytest
 from pyarrow import csv
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 SPEC = dataclasses.replace(datasets.get("simulated"), models=("sum",))
 DAY = SPEC.first_day
-NAME = "a b é#1 *{x,y}?w\"q'$HOME;&"
+NAME = "a b é#1 100% *{x,y}?w\"q'$HOME;&"
 
 
 def _write(folder: Path) -> None:
@@ -80,10 +81,15 @@ def made(
 
 
 @pytest.mark.parametrize("engine", ["spark"], indirect=True)
-def test_a_day_is_ingested_and_read_back(made: JobContext, tmp_path: Path) -> None:
-    ingest.run(made)
-    frame = made.lake.frame(made.spark, "events", [DAY])
-    assert frame.count() == made.lake.read("events").num_rows > 0
+def test_the_engine_reads_and_writes_files_and_tables(made: JobContext, tmp_path: Path) -> None:
+    _, _, truth = simulated.tables(World.parse("users=60,seed=5"), DAY, SPEC)
+    truth = truth.append_column("ds", pa.array([DAY] * len(truth)))
+    made.lake.publish_arrow("truth", DAY, truth, inputs={}, code_version="test")
+    assert made.lake.frame(made.spark, "truth", [DAY]).count() == len(truth)
+    shown = read_csv(made.spark, str(made.source), f"shown-{DAY}.csv*", {"target_id": "id"})
+    with made.lake.scratch("test", DAY) as folder:
+        shown.write.parquet(folder)
+        assert made.spark.read.parquet(folder).count() * len(SPEC.tasks) == len(truth)
     assert (tmp_path / NAME / "home" / "lake").is_dir()
 
 
