@@ -44,6 +44,7 @@ install: $(STAMP)
 	@$(PY) -m compileall -q $(OURS)
 
 $(STAMP): requirements.lock
+	@case "$$(pwd -P)" in *%*) echo "error: the checkout's path holds '%': MLflow does not find its own files there; move the checkout"; exit 2; esac
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
 	{ echo "error: $(PYTHON) is not Python 3.11: install it, or give its path: make PYTHON=/path/to/python3.11"; exit 2; }
 	@mkdir -p .venv
