@@ -87,8 +87,8 @@ def files_of(source: str | None, pattern: str) -> list[Path]:
         raise DataError(
             f"SOURCE is {source!r}: there is no such folder; name the folder of the raw logs"
         )
-    suffix = re.search(r"(\.[A-Za-z]+)?$", pattern.rstrip("*").removesuffix(".gz"))
-    ends = (suffix and suffix[1]) or ".csv"
+    suffix = re.search(r"\.[A-Za-z]+$", pattern.rstrip("*").removesuffix(".gz"))
+    ends = suffix[0] if suffix else ".csv"
     found = {
         path
         for path in Path(source).glob(pattern)
