@@ -13,10 +13,12 @@ LOCK_SUM := $(shell cksum < requirements.lock | cut -d' ' -f1)
 STAMP := .venv/installed-$(LOCK_SUM)
 LOG := .venv/install.log
 OURS := dags feature_store jobs models
-RANGE = $(if $(SOURCE),--source '$(SOURCE)') $(if $(FROM),--first $(FROM)) $(if $(TO),--last $(TO)) $(if $(AGAIN),--again) $(if $(BACKWARDS),--backwards)
+RANGE = $(if $(SOURCE),--source "$$SOURCE") $(if $(FROM),--first $(FROM)) $(if $(TO),--last $(TO)) $(if $(AGAIN),--again) $(if $(BACKWARDS),--backwards)
 
 # bytecode is compiled by install; a run writes under HEADWATER_HOME only
 export PYTHONDONTWRITEBYTECODE = 1
+# the shell takes it from the environment: its name may hold what a shell would read
+export SOURCE
 
 # $(call step,what it is,command): one line with its time; the output only where it fails
 define step
@@ -42,6 +44,7 @@ install: $(STAMP)
 	@$(PY) -m compileall -q $(OURS)
 
 $(STAMP): requirements.lock
+	@case "$$(pwd -P)" in *%*) echo "error: the checkout's path holds '%': MLflow does not find its own files there; move the checkout"; exit 2; esac
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
 	{ echo "error: $(PYTHON) is not Python 3.11: install it, or give its path: make PYTHON=/path/to/python3.11"; exit 2; }
 	@mkdir -p .venv

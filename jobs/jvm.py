@@ -13,6 +13,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from jobs.paths import plain
 from jobs.settings import REPOSITORY, Settings
 
 MIN_JAVA = 17  # Apache Spark 4
@@ -112,7 +113,7 @@ def resolve_jars(folder: Path) -> str:
     if java is None or java < MIN_JAVA:
         found = "no Java" if java is None else f"Java {java}"
         return f"Delta JARs: not needed, {found} here and Apache Spark wants {MIN_JAVA} or newer; Sail will be used"
-    ivy = folder / "ivy"
+    ivy = plain(folder) / "ivy"
     ivy.mkdir(parents=True, exist_ok=True)
     script = ivy / "nothing.py"  # spark-submit resolves packages only for an application
     script.write_text("")
@@ -202,7 +203,7 @@ def server_command(
         "spark.driver.extraJavaOptions": java_options,
         "spark.connect.grpc.binding.address": "127.0.0.1",
         "spark.connect.grpc.binding.port": str(port),
-        "spark.jars": ",".join(map(str, delta_jars(settings.jars))),
+        "spark.jars": ",".join(map(str, delta_jars(plain(settings.jars)))),
         "spark.jars.ivy": str(scratch / "ivy"),
         "spark.local.dir": str(scratch / "local"),
         "spark.sql.warehouse.dir": str(scratch / "warehouse"),

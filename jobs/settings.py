@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from feature_store.errors import SpecError
+from jobs.paths import check_delta, plain
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -26,7 +27,8 @@ class Settings:
     """Everything of the environment that a job depends on.
 
     Args:
-        home: `HEADWATER_HOME`, the folder that holds everything a run writes (`<repository>/var`).
+        home: `HEADWATER_HOME`, the folder that holds everything a run writes (`<repository>/var`),
+            as a path that every library takes; see `jobs/paths.py`.
         lake_root: `HEADWATER_LAKE`, the folder or URI of the lake (`<home>/lake`).
         mlflow_uri: `MLFLOW_TRACKING_URI` (an SQLite file under home).
         source: `HEADWATER_SOURCE`, the folder of raw logs; None where the source needs none.
@@ -50,21 +52,32 @@ class Settings:
         """The settings that `env` (default: the process's environment) gives; an empty value is absent.
 
         Raises:
-            SpecError: `HEADWATER_ENGINE` names no engine.
+            SpecError: `HEADWATER_ENGINE` names no engine, or a folder cannot hold Delta tables.
         """
         values = {k: v for k, v in (os.environ if env is None else env).items() if v}
-        home = Path(values.get("HEADWATER_HOME", REPOSITORY / "var")).expanduser().resolve()
+        remote = values.get("SPARK_REMOTE")
+
+        def folder(setting: str, path: str | Path, *, delta: bool) -> Path:
+            found = Path(path).expanduser().resolve()
+            if delta:
+                check_delta(setting, found)
+            return found if remote else plain(found)  # a cluster knows no link of this machine
+
+        lake = values.get("HEADWATER_LAKE", "")
+        var = values.get("HEADWATER_HOME", REPOSITORY / "var")
+        home = folder("HEADWATER_HOME", var, delta=not lake)
         engine = values.get("HEADWATER_ENGINE", EngineChoice.AUTO).lower()
         if engine not in set(EngineChoice):
             raise SpecError(f"HEADWATER_ENGINE is {engine!r}: use {', '.join(EngineChoice)}")
-        lake = values.get("HEADWATER_LAKE", str(home / "lake"))
+        if "://" not in lake:
+            lake = str(folder("HEADWATER_LAKE", lake, delta=True) if lake else home / "lake")
         source = values.get("HEADWATER_SOURCE")
         return cls(
             home=home,
-            lake_root=lake if "://" in lake else str(Path(lake).expanduser().resolve()),
+            lake_root=lake,
             mlflow_uri=values.get("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow/mlflow.db"),
             source=Path(source).expanduser().resolve() if source else None,
-            spark_remote=values.get("SPARK_REMOTE"),
+            spark_remote=remote,
             engine=EngineChoice(engine),
             spark_memory=values.get("HEADWATER_SPARK_MEMORY", "3g"),
         )

@@ -69,7 +69,7 @@ class Launcher:
                     "not those of now: they are done again"
                 )
             if done:
-                progress.say(f"{done} of {len(self.plan.pairs)} were done before")
+                progress.say(f"{done} of {len(self.plan.pairs)} stages were done before")
             for pair in self.plan.failed(self.states):
                 progress.say(f"{pair[1]}  {pair[0]}  failed before: its failed tasks run again")
                 self.client.restart(self.runs[pair])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 
@@ -82,8 +83,18 @@ class Progress:
                 f"{day} {self._name(dag_id, task)} for {now - since:.0f} s"
                 for (dag_id, day, task), since in sorted(self._running.items(), key=lambda x: x[1])
             )
-            done = sum(states.get(p) == DONE for p in self._plan.pairs)
-            self.say(f"running: {running or 'nothing'}; {done} of {len(self._plan.pairs)} done")
+            done, tasks = self._done()
+            self.say(f"running: {running or 'nothing'}; {done} of {tasks} tasks done")
+
+    def _done(self) -> tuple[int, int]:
+        """How many tasks are done, those of runs before too, and how many there are."""
+        steps = {stage.dag_id: len(stage.steps) for stage in self._plan.stages}
+        seen = Counter(key[:2] for key, mark in self._seen.items() if mark.startswith("done/"))
+        done = sum(
+            steps[pair[0]] if self._states.get(pair) == DONE else seen[pair]
+            for pair in self._plan.pairs
+        )
+        return done, sum(steps[dag_id] for dag_id, _ in self._plan.pairs)
 
     def _name(self, dag_id: str, task_id: str) -> str:
         return f"{dag_id.removeprefix(self._plan.dataset.name + '_')}/{task_id}"

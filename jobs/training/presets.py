@@ -1,12 +1,12 @@
 """Model configuration by dataset and model name: how large, how trained, how judged.
 
-A variant of a model is a name of its own (`sum_k4` beside `sum`) with an entry here, and in the
-dataset's `models`.
+A variant of a model is a name of its own (`sum_k4` beside `sum`), in `feature_store/model_names.py`
+and in the dataset's `models`, with an entry here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from feature_store.embeddings import EmbeddingKind
-from feature_store.errors import SpecError
+from feature_store.model_names import check_models, domain_value
 from feature_store.spec import Dataset
 from jobs.training.config import DownstreamTraining, GateConfig, Shift, TrainingConfig
 from jobs.training.loader import Limits
@@ -205,11 +205,6 @@ def _with_shift(bases: Mapping[str, Factory]) -> dict[str, Factory]:
     }
 
 
-def _by_domain(base: Factory, feature: str, values: Iterable[int]) -> dict[str, Factory]:
-    """A SUM for each domain: `sum_<domain feature>_<value>`, trained on that domain's targets."""
-    return {f"sum_{feature}_{value}": _trained(base, domain=value) for value in values}
-
-
 _DOWNSTREAM = {
     # interests move from day to day there, and the mean over three days dulls them (docs/results.md)
     "simulated": DownstreamTraining(kind=EmbeddingKind.RAW),
@@ -231,12 +226,7 @@ _SIMULATED: dict[str, Factory] = {
 _GLOBO: dict[str, Factory] = {name: _on_globo(base) for name, base in _USUAL.items()}
 
 _BY_NAME = _with_shift(_USUAL)
-_BY_DATASET = {
-    # feed and stories
-    "simulated": _with_shift(_SIMULATED) | _by_domain(_quick_sum, "surface", (0, 1)),
-    # the two devices that nearly all clicks come from
-    "globo": _with_shift(_GLOBO) | _by_domain(_GLOBO["sum"], "device", (1, 3)),
-}
+_BY_DATASET = {"simulated": _with_shift(_SIMULATED), "globo": _with_shift(_GLOBO)}
 
 
 def downstream_training(dataset: Dataset) -> DownstreamTraining:
@@ -250,10 +240,9 @@ def preset(dataset: Dataset, model: str) -> Preset:
     Raises:
         SpecError: no configuration has that name.
     """
-    known = _BY_NAME | _BY_DATASET.get(dataset.name, {})
-    if model not in known:
-        raise SpecError(
-            f"Dataset({dataset.name}).models has {model!r}, which has no configuration: known are "
-            f"{', '.join(known)}; add one to jobs/training/presets.py"
-        )
+    check_models("model", [model], dataset.domain)
+    known = _BY_DATASET.get(dataset.name, _BY_NAME)
+    domain = domain_value(model, dataset.domain)
+    if domain is not None:
+        return _trained(known["sum"], domain=domain)()
     return known[model]()

@@ -149,11 +149,11 @@ def test_tasks_run_jobs_about_the_day_of_the_key(bag: Any, name: str) -> None:
 def test_a_new_task_or_model_of_a_spec_is_a_new_stage_or_step() -> None:
     dataset = datasets.get("simulated")
     extra = replace(dataset.tasks[0], name="hide")
-    wider = replace(dataset, tasks=(*dataset.tasks, extra), models=(*dataset.models, "sum_k4"))
+    wider = replace(dataset, tasks=(*dataset.tasks, extra), models=(*dataset.models, "sum_distil"))
     before, after = {s.name: s for s in stages(dataset)}, {s.name: s for s in stages(wider)}
     assert set(after) - set(before) == {"downstream_hide"}
     steps = {s.name for s in after["upstream"].steps} - {s.name for s in before["upstream"].steps}
-    assert steps == {"train_sum_k4"}
+    assert steps == {"train_sum_distil"}
 
 
 def test_every_dag_has_a_page(bag: Any) -> None:

@@ -11,8 +11,10 @@ import torch
 
 from feature_store import datasets
 from feature_store.errors import SpecError
+from feature_store.model_names import MODELS
 from feature_store.spec import Attribute, Dataset, IdType
 from feature_store.tables import NO_LABEL
+from jobs.training import presets
 from jobs.training.checkpoints import state_hash
 from jobs.training.config import Shift, TrainingConfig
 from jobs.training.ids import int64_ids
@@ -142,3 +144,11 @@ def test_the_domains_of_our_datasets_have_a_sum_each(name: str, model: str, valu
     assert domain_id(spec, chosen.training.domain) == value
     assert replace(chosen, training=usual.training) == usual
     assert replace(spec, models=("sum", model)).models[1] == model
+
+
+@pytest.mark.parametrize("name", [*datasets.names(), "another"])
+def test_every_name_that_a_spec_may_hold_has_a_configuration(name: str) -> None:
+    spec = datasets.get(name) if name in datasets.names() else SPEC
+    for model in (*MODELS, f"sum_{spec.domain}_4"):
+        assert isinstance(preset(spec, model), Preset)
+    assert set(presets._BY_DATASET.get(spec.name, presets._BY_NAME)) == set(MODELS)

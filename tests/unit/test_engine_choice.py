@@ -121,6 +121,20 @@ def test_a_set_of_jars_without_its_last_is_not_a_set(tmp_path: Path, settings: S
     assert jvm.delta_jars(tmp_path / "partial") == []
 
 
+def test_apache_spark_gets_plain_paths_wherever_the_checkout_lies(
+    tmp_path: Path, settings: Settings
+) -> None:
+    """Its lists of JARs and its options are parted by commas and spaces, and it takes paths for URIs."""
+    weird = tmp_path / "a b é#[1]%41,{x}"
+    weird.mkdir()
+    elsewhere = Settings.from_env({"HEADWATER_HOME": str(tmp_path / "ho me é")})
+    elsewhere = replace(elsewhere, jars=settings.jars.rename(weird / "jars"))
+    command, _ = jvm.server_command(elsewhere, port=1, cores=1)
+    listed = next(c for c in command if c.startswith("spark.jars="))
+    assert Path(listed.partition("=")[2]).is_file() and " " not in listed
+    assert not any("ho me" in part or "#" in part for part in command)
+
+
 def test_a_corrupt_or_foreign_state_file_is_no_server(settings: Settings) -> None:
     settings.spark_dir.mkdir(parents=True)
     for text in ("", "{", "{}", '{"engine": "flink", "url": "", "pid": 1, "started": 0}'):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 from collections.abc import Callable
 from datetime import date, timedelta
@@ -30,7 +29,6 @@ from jobs import ingest, sources
 from jobs.context import JobContext
 from jobs.settings import Settings
 from jobs.sources import SourceDay
-from jobs.sources.csv_files import read_csv
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -294,42 +292,6 @@ def test_a_time_may_be_text(spark: SparkSession, text: str) -> None:
 def test_text_that_is_no_time_is_named(spark: SparkSession) -> None:
     found = problem_of(source(spark, visits=[visit(event_time="yesterday")]))
     assert found is not None and "visits.event_time is yesterday" in found
-
-
-def _write(path: Path, text: str) -> None:
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text)
-
-
-def test_csv_files_are_read_gzipped_or_not(spark: SparkSession, tmp_path: Path) -> None:
-    _write(tmp_path / "views-1.csv", "who,what,more\nann,1,\n")
-    _write(tmp_path / "views-2.csv.gz", 'who,what,more\n"bob, jr",,x\n')
-    rows = read_csv(
-        spark, str(tmp_path), "views-*", {"what": "product", "who": "user_id"}
-    ).collect()
-    assert sorted((r["user_id"], r["product"]) for r in rows) == [("ann", "1"), ("bob, jr", None)]
-    none = read_csv(spark, str(tmp_path), "orders-*", {"who": "user_id"}, may_be_absent=True)
-    assert none.columns == ["user_id"] and none.count() == 0
-
-
-def test_csv_files_that_are_not_right_are_named(spark: SparkSession, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no such folder"):
-        read_csv(spark, str(tmp_path / "nowhere"), "*", {})
-    with pytest.raises(DataError, match="SOURCE is None"):
-        read_csv(spark, None, "*", {})
-    with pytest.raises(DataError, match=r"has no file views-\*"):
-        read_csv(spark, str(tmp_path), "views-*", {})
-    _write(tmp_path / "views-1.csv", "who,what\nann,1\n")
-    with pytest.raises(DataError, match=r"views-1\.csv has no column 'price': it has who, what"):
-        read_csv(spark, str(tmp_path), "views-*", {"price": "price"})
-    _write(tmp_path / "views-2.csv", "what,who\n1,ann\n")
-    with pytest.raises(DataError, match=r"views-2\.csv has other columns than"):
-        read_csv(spark, str(tmp_path), "views-*", {"who": "user_id"})
-    (tmp_path / "views-2.csv").rename(tmp_path / "views-2.csv.gz")
-    with pytest.raises(DataError, match=r"views-2\.csv\.gz cannot be read"):
-        read_csv(spark, str(tmp_path), "views-*", {"who": "user_id"})
 
 
 def test_duplicates_are_dropped_and_counted_and_the_first_to_arrive_stays(

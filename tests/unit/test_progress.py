@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -50,7 +51,24 @@ def test_after_a_silence_it_says_what_is_running(
     shown.task("2024-03-01", task("running"))
     shown.pairs({(INGEST, "2024-03-02"): DONE}, {})
     last = capsys.readouterr().out.splitlines()[-1]
-    assert "running: 2024-03-01 ingest/ingest" in last and "1 of 10 done" in last
+    tasks = 2 * sum(len(stage.steps) for stage in PLAN.stages)
+    assert "running: 2024-03-01 ingest/ingest" in last and f"1 of {tasks} tasks done" in last
+
+
+def test_the_tasks_that_are_done_are_counted_as_the_lines_show_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = progress.Progress(PLAN, terminal=False)
+    dag_id, steps = PLAN.stages[2].dag_id, PLAN.stages[2].steps
+    for step in steps[:2]:
+        seen = replace(task("success", seconds=1.0), dag_id=dag_id, task_id=step.name)
+        shown.task("2024-03-01", seen)
+    lines = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0)
+    for states, done in (({}, 2), ({(dag_id, "2024-03-02"): DONE}, 2 + len(steps))):
+        shown.pairs(states, {})
+        assert f"{done} of" in capsys.readouterr().out
+    assert len(lines) == 2
 
 
 def test_the_table_has_a_row_for_each_day_and_says_what_cannot_come() -> None:

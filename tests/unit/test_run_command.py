@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from jobs.local import run as command
+from jobs.settings import REPOSITORY
 
 GLOBO = ["--dataset", "globo", "--last", "2017-10-03"]
 
@@ -44,3 +48,33 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
     assert says in said.err
     assert said.out == ""
     assert not home.exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_make_hands_a_source_on_whatever_its_name_holds(how: str) -> None:
+    source = '/logs/it\'s "here" é#%41[1]*;&'
+    given = [f"SOURCE={source}"] if how == "argument" else []
+    done = subprocess.run(
+        ["make", "--silent", "--assume-old=install", "run", "PY=printf '<%s>'", *given],
+        cwd=REPOSITORY,
+        env={**os.environ, "SOURCE": source if how == "environment" else ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"<--source><{source}>" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_a_checkout_that_mlflow_cannot_run_from_is_refused_before_anything_is_installed(
+    tmp_path: Path,
+) -> None:
+    checkout = tmp_path / "100% sure"
+    checkout.mkdir()
+    for name in ("Makefile", "requirements.lock"):
+        shutil.copy(REPOSITORY / name, checkout)
+    command = ["make", "install", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "the checkout's path holds '%'" in done.stdout
+    assert not (checkout / ".venv").exists()

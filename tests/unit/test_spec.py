@@ -427,6 +427,21 @@ def test_names_of_our_columns_beside_raw_ones_are_refused_and_no_others() -> Non
                 replace(plain, **change)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("sumn", r"Dataset\(news\).models has 'sumn', .* did you mean 'sum'. known are sum, seq"),
+        ("sum_regularize", "did you mean 'sum_regularise'"),
+        ("sum_place_0", "known are .*sum_device_<value>"),  # its domain is another feature
+        ("", "known are"),
+    ],
+)
+def test_a_model_that_there_is_not_is_refused_with_the_nearest(name: str, says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        replace(SPEC, models=("sum", name))
+    assert replace(SPEC, models=("sum", "sum_device_3", "hybrid_distil")).models
+
+
 def test_an_unknown_task_attribute_or_dataset_is_named_with_what_there_is() -> None:
     with pytest.raises(SpecError, match="task is 'buy': news has click"):
         SPEC.task("buy")
@@ -444,7 +459,7 @@ def test_every_dataset_of_the_house_builds(name: str) -> None:
 def test_the_hash_follows_what_models_depend_on_and_nothing_else() -> None:
     again = replace(SPEC)
     assert again.hash == SPEC.hash
-    for same in ({"description": "other"}, {"models": ("sum_k4",)}):
+    for same in ({"description": "other"}, {"models": ("hybrid",)}):
         assert replace(SPEC, **same).hash == SPEC.hash
     for other in (
         {"serve_delay": timedelta(hours=1)},
