@@ -160,7 +160,9 @@ class JobContext:
     def close(self) -> None:
         """End the engine's session, if there is one; the server stays for the next task."""
         if "spark" in self.__dict__:
-            self.spark.stop()
+            from jobs import retries
+
+            retries.end(self.spark)
 
 
 def parser(job: str | None = None) -> argparse.ArgumentParser:
