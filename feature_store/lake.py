@@ -304,7 +304,9 @@ class Lake:
             importing.join()
             quality.validate(self.dataset, table, ds, staged, model=model, docs_root=self.docs_root)
             home = f"{self._base}/{table}"
-            version = replace_partition(self._fs, home, self.uri(table), contract, values, files)
+            version = replace_partition(
+                self._fs, home, self.uri(table), contract, values, files, locked=not self._remote
+            )
             partition = Partition(
                 table=table,
                 model=model,

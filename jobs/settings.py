@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -50,10 +52,10 @@ class Settings:
         """The settings that `env` (default: the process's environment) gives; an empty value is absent.
 
         Raises:
-            SpecError: `HEADWATER_ENGINE` names no engine.
+            SpecError: `HEADWATER_ENGINE` names no engine, or a folder's name leads nowhere.
         """
         values = {k: v for k, v in (os.environ if env is None else env).items() if v}
-        home = Path(values.get("HEADWATER_HOME", REPOSITORY / "var")).expanduser().resolve()
+        home = _resolved("HEADWATER_HOME", values.get("HEADWATER_HOME", str(REPOSITORY / "var")))
         engine = values.get("HEADWATER_ENGINE", EngineChoice.AUTO).lower()
         if engine not in set(EngineChoice):
             raise SpecError(f"HEADWATER_ENGINE is {engine!r}: use {', '.join(EngineChoice)}")
@@ -61,13 +63,35 @@ class Settings:
         source = values.get("HEADWATER_SOURCE")
         return cls(
             home=home,
-            lake_root=lake if "://" in lake else str(Path(lake).expanduser().resolve()),
+            lake_root=lake if "://" in lake else str(_resolved("HEADWATER_LAKE", lake)),
             mlflow_uri=values.get("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow/mlflow.db"),
-            source=Path(source).expanduser().resolve() if source else None,
+            source=_resolved("HEADWATER_SOURCE", source) if source else None,
             spark_remote=values.get("SPARK_REMOTE"),
             engine=EngineChoice(engine),
             spark_memory=values.get("HEADWATER_SPARK_MEMORY", "3g"),
         )
+
+    def make_folders(self) -> None:
+        """Make home and a local lake where they are not there, and see that both can be written.
+
+        Raises:
+            SpecError: one of them is a file or cannot be written.
+        """
+        folders = {"HEADWATER_HOME": self.home}
+        if "://" not in self.lake_root:
+            folders["HEADWATER_LAKE"] = Path(self.lake_root)
+        for name, folder in folders.items():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise SpecError(
+                    f"{name} is {folder}, which is no folder that can be written "
+                    f"({error.strerror}): name another, or mend its rights"
+                ) from None
 
     @property
     def mlflow_artifacts(self) -> Path:
@@ -99,3 +123,12 @@ class Settings:
     def quality_dir(self, dataset: str) -> Path:
         """Great Expectations' Data Docs."""
         return self.home / "quality" / dataset
+
+
+def _resolved(name: str, value: str) -> Path:
+    try:
+        return Path(value).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links, an unknown ~user
+        raise SpecError(
+            f"{name} is {value!r}: {str(error).rstrip('.')}; name another folder"
+        ) from None

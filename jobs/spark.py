@@ -30,7 +30,7 @@ import psutil
 from filelock import FileLock
 
 from feature_store.errors import HeadwaterError, TransientError
-from jobs import jvm
+from jobs import failures, jvm
 from jobs.settings import EngineChoice, Settings
 
 if TYPE_CHECKING:
@@ -302,9 +302,11 @@ def main() -> None:
     cli = argparse.ArgumentParser(prog="python -m jobs.spark", description="The local engine.")
     cli.add_argument("action", choices=("start", "stop", "status", "jars"))
     action = cli.parse_args().action
+    settings = None
     try:
         settings = Settings.from_env()
         if action == "start":
+            settings.make_folders()
             print(f"engine: {describe(settings)}")
             print(start(settings).url)
         elif action == "stop":
@@ -314,8 +316,8 @@ def main() -> None:
         else:
             begun = time.monotonic()
             print(jvm.resolve_jars(settings.jars), f"{time.monotonic() - begun:.0f} s", sep=", ")
-    except HeadwaterError as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        sys.exit(failures.report(error, settings))
 
 
 if __name__ == "__main__":
