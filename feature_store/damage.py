@@ -31,22 +31,29 @@ class DamageError(HeadwaterError):
 
 
 def check_commits(uri: str, dataset: Dataset) -> None:
-    """Refuse a lake with an empty commit, which Delta readers pass over without a word: rows vanish.
+    """Refuse what readers pass over without a word, so that rows vanish: an empty commit, or no log
+    at all of a table that the ledger knows.
 
-    Lists the logs' folders and reads no file.
+    Lists folders and reads no file.
 
     Raises:
         DamageError: names the file and the remedy.
     """
     for table in (LEDGER, *contracts(dataset)):
-        commits = _commits(*_opened(f"{uri}/{table}"))
+        files, home = _opened(f"{uri}/{table}")
+        commits = _commits(files, home)
         for i, info in enumerate(commits):
             if info.size == 0:
                 raise DamageError(_bad_commit(uri, dataset, table, commits, i))
+        recorded = files.get_file_info(f"{_opened(uri)[1]}/{LEDGER}/table={table}")
+        if not commits and recorded.type == pafs.FileType.Directory:
+            raise DamageError(
+                f"{dataset.name}.{table}: {home}/_delta_log is gone: {_rebuild(uri, dataset)}"
+            )
 
 
 def check(uri: str, dataset: Dataset) -> None:
-    """Read every log of the lake and look for every file that the newest versions name.
+    """`check_commits`, and read every log of the lake and look for every file that newest versions name.
 
     Args:
         uri: of the dataset's tables.
@@ -54,6 +61,7 @@ def check(uri: str, dataset: Dataset) -> None:
     Raises:
         DamageError: names the first thing that is broken, and the remedy.
     """
+    check_commits(uri, dataset)
     for table in (LEDGER, *contracts(dataset)):
         _check_log(uri, dataset, table)
     for table in (LEDGER, *contracts(dataset)):
@@ -84,12 +92,16 @@ def _version(info: pafs.FileInfo) -> int | None:
 
 def _check_log(uri: str, dataset: Dataset, table: str) -> None:
     files, home = _opened(f"{uri}/{table}")
-    for info in _log(files, home):
-        if info.base_name.endswith(".checkpoint.parquet") and not _is_parquet(files, info.path):
-            raise DamageError(
-                f"{dataset.name}.{table}: {info.path} is damaged: remove it and _last_checkpoint beside "
-                "it, the log holds the same, and run the same command again"
-            )
+    log = _log(files, home)
+    checkpoints = [i for i in log if i.base_name.endswith(".checkpoint.parquet")]
+    hints = [i for i in log if i.base_name == "_last_checkpoint"]
+    bad = [i for i in checkpoints if not _is_parquet(files, i.path)]
+    if bad or (hints and not checkpoints):
+        which = " and ".join(i.path for i in (*bad, *hints))
+        raise DamageError(
+            f"{dataset.name}.{table}: a checkpoint is damaged: remove {which}, as the log holds the "
+            "same, and run the same command again"
+        )
     commits = _commits(files, home)
     for i, info in enumerate(commits):
         if not _is_commit(files, info.path):
@@ -99,10 +111,6 @@ def _check_log(uri: str, dataset: Dataset, table: str) -> None:
         lost = min(set(range(len(there))) - set(there))
         raise DamageError(
             f"{dataset.name}.{table}: {home}/_delta_log has no {lost:020d}.json: {_rebuild(uri, dataset)}"
-        )
-    if not commits and _data_files(files, home):
-        raise DamageError(
-            f"{dataset.name}.{table}: {home} has data and no log: {_rebuild(uri, dataset)}"
         )
 
 
@@ -165,11 +173,6 @@ def _is_parquet(files: pafs.FileSystem, path: str) -> bool:
     except (OSError, pa.ArrowException):
         return False
     return True
-
-
-def _data_files(files: pafs.FileSystem, home: str) -> bool:
-    selector = pafs.FileSelector(home, recursive=True, allow_not_found=True)
-    return any(i.extension == "parquet" for i in files.get_file_info(selector))
 
 
 def _named_files(uri: str) -> Iterator[tuple[str, int, str, str]]:

@@ -111,7 +111,7 @@ class JobContext:
         """The dataset's tables.
 
         Raises:
-            DamageError: a commit of one of them is empty.
+            DamageError: a table's log is gone, or a commit of it is empty.
         """
         from feature_store import damage
         from feature_store.lake import Lake
