@@ -45,12 +45,16 @@ class TaskRun:
     seconds: float | None
 
 
-class AirflowError(TransientError):
-    """Airflow refused a request, or did not answer. `status` is its HTTP status, 0 for no answer."""
+class AirflowError(RuntimeError):
+    """Airflow refused a request. `status` is its HTTP status, 0 for no answer."""
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
+
+
+class AirflowSilent(AirflowError, TransientError):
+    """Airflow did not answer, however often it was asked."""
 
 
 class AirflowClient:
@@ -68,6 +72,7 @@ class AirflowClient:
 
         Raises:
             AirflowError: with the API's own words.
+            AirflowSilent: no answer, or none that makes sense.
         """
         problem = ""
         for attempt in range(_TRIES):
@@ -90,7 +95,7 @@ class AirflowClient:
                 return answer.json() if answer.content else None
             except ValueError:
                 problem = f"no JSON: {answer.text[:500]}"
-        raise AirflowError(
+        raise AirflowSilent(
             f"Airflow did not answer {method} {path} {_TRIES} times, the last time by {problem}: see "
             "airflow/services/ in HEADWATER_HOME and run the same command again, it goes on from here"
         )
