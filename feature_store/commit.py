@@ -6,7 +6,9 @@ import json
 import time
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 from feature_store.errors import ContractError
 from feature_store.ledger import RETENTION, retry_on_conflict
 from feature_store.schemas import check_schema, grown_schema, nullable
-from feature_store.staging import partition_folder
+from feature_store.staging import ABANDONED_AFTER, partition_folder
 from feature_store.tables import Table
 
 if TYPE_CHECKING:
@@ -56,17 +58,22 @@ def replace_partition(
     contract: Table,
     values: Mapping[str, str],
     files: Mapping[str, tuple[int, int]],
+    *,
+    locked: bool,
 ) -> int:
     """Make `files` the partition `values` of the table at `uri`, in one commit, and return its version.
 
     The files move into the table's folder, where nothing reads them until the commit names them.
-    The version that is returned reads the partition as written. Where a column has another type than
-    before, the commit removes the other partitions too: they were made under another definition, so
-    that nobody reads them but at their own versions.
+    What a killed writer moved there and did not commit is removed first. The version that is
+    returned reads the partition as written. Where a column has another type than before, the commit
+    removes the other partitions too: they were made under another definition, so that nobody reads
+    them but at their own versions.
 
     Args:
         home: the table's folder, a path of `filesystem`.
         files: path -> (rows, bytes); none leaves the partition empty.
+        locked: nobody else can be writing this partition. Otherwise only what is a day old counts
+            as left by a killed writer.
 
     Raises:
         ContractError: the stored table is partitioned otherwise.
@@ -76,6 +83,7 @@ def replace_partition(
 
     write = uuid.uuid4().hex
     filesystem.create_dir(f"{home}/{partition_folder(values)}")
+    _remove_orphans(filesystem, home, partition_folder(values), locked=locked)
     actions: list[AddAction | RemoveAction] = []
     for i, (path, (rows, size)) in enumerate(files.items()):
         name = f"{partition_folder(values)}/part-{i:05d}-{write}.parquet"
@@ -103,6 +111,35 @@ def replace_partition(
         return table.version()
 
     return retry_on_conflict(attempt)
+
+
+def _remove_orphans(filesystem: pafs.FileSystem, home: str, folder: str, *, locked: bool) -> None:
+    """Remove files of a partition that no version names and no living writer has moved there.
+
+    Nothing is removed where the log does not go back to its start, as what older versions name is
+    not known then.
+    """
+    found = {
+        info.path: info
+        for info in filesystem.get_file_info(pafs.FileSelector(f"{home}/{folder}"))
+        if info.extension == "parquet"
+    }
+    if not found:
+        return
+    log = pafs.FileSelector(f"{home}/_delta_log", allow_not_found=True)
+    commits = [i for i in filesystem.get_file_info(log) if i.extension == "json"]
+    if commits and f"{0:020d}.json" not in {i.base_name for i in commits}:
+        return
+    for commit in commits:
+        with filesystem.open_input_file(commit.path) as file:
+            for line in file.read().splitlines():
+                added = json.loads(line).get("add")
+                if added:
+                    found.pop(f"{home}/{unquote(added['path'])}", None)
+    since = datetime.now(UTC) - ABANDONED_AFTER
+    for path, info in found.items():
+        if locked or (info.mtime is not None and info.mtime < since):
+            filesystem.delete_file(path)
 
 
 def _create_or_open(uri: str, contract: Table) -> DeltaTable:

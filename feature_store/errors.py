@@ -29,3 +29,10 @@ class ContractError(HeadwaterError):
 
 class QualityError(HeadwaterError):
     """A Great Expectations suite refused a partition before it was published."""
+
+
+class TransientError(Exception):
+    """What a job needs gave way; nothing is wrong with the data or the spec.
+
+    One sentence as well. A job that meets one exits with code 1 and is tried again.
+    """

@@ -314,7 +314,9 @@ class Lake:
             lineage = self.lineage()
             lineage.check_inputs(table, ds, inputs)  # nor was one replaced in the meantime
             home = f"{self._base}/{table}"
-            version = replace_partition(self._fs, home, self.uri(table), contract, values, files)
+            version = replace_partition(
+                self._fs, home, self.uri(table), contract, values, files, locked=not self._remote
+            )
             partition = Partition(
                 table=table,
                 model=model,

@@ -35,6 +35,7 @@ class Step:
         jobs: what runs in the process. Each process start costs seconds of imports, so a step is
             what somebody would want to retry or look at alone.
         model, task: what the jobs are limited to.
+        hours: it is ended and tried again when it takes longer; many times what it should take.
         on_device: takes a slot of the pool of devices.
         after: names of the steps that it follows.
     """
@@ -43,6 +44,7 @@ class Step:
     jobs: tuple[str, ...]
     model: str = ""
     task: str = ""
+    hours: float = 6
     on_device: bool = False
     after: tuple[str, ...] = ()
 
@@ -92,6 +94,7 @@ def stages(dataset: Dataset) -> tuple[Stage, ...]:
                     "build_examples",
                     "build_labels",
                 ),
+                hours=12,
             ),
         ),
         emits=(asset("sequences"), asset("examples")),
@@ -106,6 +109,7 @@ def stages(dataset: Dataset) -> tuple[Stage, ...]:
                 name=f"train_{model}",
                 jobs=("train_upstream", "publish_embeddings"),
                 model=model,
+                hours=24,
                 on_device=True,
             )
             for model in dataset.models
@@ -118,7 +122,15 @@ def stages(dataset: Dataset) -> tuple[Stage, ...]:
             name=f"downstream_{task.name}",
             dag_id=f"{dataset.name}_downstream_{task.name}",
             waits=(Wait(asset=asset("user_embeddings")),),
-            steps=(Step(name="train", jobs=("train_downstream",), task=task.name, on_device=True),),
+            steps=(
+                Step(
+                    name="train",
+                    jobs=("train_downstream",),
+                    task=task.name,
+                    hours=12,
+                    on_device=True,
+                ),
+            ),
             emits=(),
             priority=1,
         )

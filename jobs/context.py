@@ -5,20 +5,19 @@
 
 Several jobs of one call run in order in one process, so that one session and one heavy import serve
 them. Exit codes: 0 done; 2 an error that a user can mend (`feature_store.errors`, printed as one
-line; trying again would not help); 1 anything else.
+line; trying again would not help); 1 anything else (`jobs.failures`: a sentence where the ground
+gave way, a traceback for a fault of the code).
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -27,8 +26,10 @@ from typing import TYPE_CHECKING
 
 from feature_store import datasets
 from feature_store.days import parse_day
-from feature_store.errors import DataError, HeadwaterError, SpecError
+from feature_store.errors import DataError, SpecError
 from feature_store.spec import Dataset, Task
+from jobs import failures
+from jobs.failures import DONE, INTERRUPTED
 from jobs.settings import REPOSITORY, Settings
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ JOBS = (
     "train_downstream",
     "report",
 )
-DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 @cache
@@ -110,9 +110,15 @@ class JobContext:
 
     @cached_property
     def lake(self) -> Lake:
-        """The dataset's tables."""
+        """The dataset's tables.
+
+        Raises:
+            DamageError: a table's log is gone, or a commit of it is empty.
+        """
+        from feature_store import damage
         from feature_store.lake import Lake
 
+        damage.check_commits(f"{self.settings.lake_root}/{self.dataset.name}", self.dataset)
         docs_root = self.settings.quality_dir(self.dataset.name)
         return Lake(self.settings.lake_root, self.dataset, docs_root=docs_root)
 
@@ -162,7 +168,9 @@ class JobContext:
     def close(self) -> None:
         """End the engine's session, if there is one; the server stays for the next task."""
         if "spark" in self.__dict__:
-            self.spark.stop()
+            from jobs import retries
+
+            retries.end(self.spark)
 
 
 def parser(job: str | None = None) -> argparse.ArgumentParser:
@@ -219,24 +227,11 @@ def run(jobs: Sequence[str], args: argparse.Namespace) -> int:
             started = time.monotonic()
             importlib.import_module(f"jobs.{job}").run(context)
             print(f"{_title(job, context)}: done in {time.monotonic() - started:.1f} s", flush=True)
-    except HeadwaterError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-        return USER_ERROR
     except KeyboardInterrupt:
         print("stopped: start it again and it goes on where it was", file=sys.stderr, flush=True)
         return INTERRUPTED
     except Exception as error:
-        if _disk_full(error):
-            where = settings.home if settings else "HEADWATER_HOME"
-            print(
-                f"error: the disk is full while writing under {where}: free some space, or move HEADWATER_HOME, "
-                "and run the same command again",
-                file=sys.stderr,
-                flush=True,
-            )
-        else:
-            traceback.print_exc()
-        return FAILED
+        return failures.report(error, settings, context.dataset if context else None)
     finally:
         if context is not None:
             context.close()
@@ -256,28 +251,12 @@ def is_current(job: str, context: JobContext) -> bool:
 
 def _keep_scratch_inside(settings: Settings) -> None:
     """Libraries' temporary files under the home as well: a run writes nowhere else."""
+    settings.make_folders()
     scratch = settings.home / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
+    scratch.mkdir(exist_ok=True)
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
 
 
 def _title(job: str, context: JobContext) -> str:
     about = [x for x in (context.model, context.task) if x]
     return " ".join([job, context.dataset.name, context.ds, *about])
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    """Whether `error` or what caused it is a full disk; engines give it as text only."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from feature_store import datasets
-from feature_store.errors import DataError, HeadwaterError
+from feature_store.errors import DataError
 from feature_store.spec import Dataset
+from jobs import failures
 from jobs.context import JobContext
 from jobs.settings import Settings
 
@@ -97,11 +98,12 @@ def main() -> None:
         prog="python -m jobs.reproduce", description=__doc__.split("\n")[0]
     )
     parser.add_argument("run", help="id of an MLflow run of an upstream model")
+    run, settings = parser.parse_args().run, None
     try:
-        result = reproduce(Settings.from_env(), parser.parse_args().run)
-    except HeadwaterError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        settings = Settings.from_env()
+        result = reproduce(settings, run)
+    except Exception as error:
+        sys.exit(failures.report(error, settings))
     print(f"{result.snapshot}: recorded {result.recorded}, trained again {result.found}")
     print("identical to the bit" if result.same else "NOT identical")
     sys.exit(0 if result.same else 1)

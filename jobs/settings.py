@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -52,19 +54,20 @@ class Settings:
         """The settings that `env` (default: the process's environment) gives; an empty value is absent.
 
         Raises:
-            SpecError: `HEADWATER_ENGINE` names no engine, or a folder cannot hold Delta tables.
+            SpecError: `HEADWATER_ENGINE` names no engine, a folder's name leads nowhere, or it cannot
+                hold Delta tables.
         """
         values = {k: v for k, v in (os.environ if env is None else env).items() if v}
         remote = values.get("SPARK_REMOTE")
 
-        def folder(setting: str, path: str | Path, *, delta: bool) -> Path:
-            found = Path(path).expanduser().resolve()
+        def folder(setting: str, path: str, *, delta: bool) -> Path:
+            found = _resolved(setting, path)
             if delta:
                 check_delta(setting, found)
             return found if remote else plain(found)  # a cluster knows no link of this machine
 
         lake = values.get("HEADWATER_LAKE", "")
-        var = values.get("HEADWATER_HOME", REPOSITORY / "var")
+        var = values.get("HEADWATER_HOME", str(REPOSITORY / "var"))
         home = folder("HEADWATER_HOME", var, delta=not lake)
         engine = values.get("HEADWATER_ENGINE", EngineChoice.AUTO).lower()
         if engine not in set(EngineChoice):
@@ -76,11 +79,33 @@ class Settings:
             home=home,
             lake_root=lake,
             mlflow_uri=values.get("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow/mlflow.db"),
-            source=Path(source).expanduser().resolve() if source else None,
+            source=_resolved("HEADWATER_SOURCE", source) if source else None,
             spark_remote=remote,
             engine=EngineChoice(engine),
             spark_memory=values.get("HEADWATER_SPARK_MEMORY", "3g"),
         )
+
+    def make_folders(self) -> None:
+        """Make home and a local lake where they are not there, and see that both can be written.
+
+        Raises:
+            SpecError: one of them is a file or cannot be written.
+        """
+        folders = {"HEADWATER_HOME": self.home}
+        if "://" not in self.lake_root:
+            folders["HEADWATER_LAKE"] = Path(self.lake_root)
+        for name, folder in folders.items():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise SpecError(
+                    f"{name} is {folder}, which is no folder that can be written "
+                    f"({error.strerror}): name another, or mend its rights"
+                ) from None
 
     @property
     def mlflow_artifacts(self) -> Path:
@@ -112,3 +137,12 @@ class Settings:
     def quality_dir(self, dataset: str) -> Path:
         """Great Expectations' Data Docs."""
         return self.home / "quality" / dataset
+
+
+def _resolved(name: str, value: str) -> Path:
+    try:
+        return Path(value).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links, an unknown ~user
+        raise SpecError(
+            f"{name} is {value!r}: {str(error).rstrip('.')}; name another folder"
+        ) from None

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 import psutil
 from filelock import FileLock
 
-from feature_store.errors import HeadwaterError
-from jobs import jvm
+from feature_store.errors import HeadwaterError, TransientError
+from jobs import failures, jvm
 from jobs.settings import EngineChoice, Settings
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ _ATTEMPTS = 3  # a free port may be taken between choosing and binding it
 
 class EngineError(HeadwaterError):
     """The engine that was asked for cannot run here."""
+
+
+class EngineLost(TransientError):
+    """The local server ended while it was used, or did not start."""
 
 
 class Engine(StrEnum):
@@ -61,18 +65,18 @@ class Server:
     pid: int
     started: float
 
-    def alive(self) -> bool:
-        """Whether its process runs and its port answers."""
+    def ended(self) -> bool:
+        """Whether its process is gone; also while nobody has asked for its exit code."""
         try:
             process = psutil.Process(self.pid)
-            if (
-                abs(process.create_time() - self.started) > 1
-                or process.status() == psutil.STATUS_ZOMBIE
-            ):
-                return False
+            again = abs(process.create_time() - self.started) > 1
+            return again or process.status() == psutil.STATUS_ZOMBIE
         except psutil.Error:
-            return False
-        return _answers(int(self.url.rsplit(":", 1)[1]))
+            return True
+
+    def alive(self) -> bool:
+        """Whether its process runs and its port answers."""
+        return not self.ended() and _answers(int(self.url.rsplit(":", 1)[1]))
 
 
 def choose(settings: Settings) -> Engine:
@@ -135,12 +139,15 @@ def session(settings: Settings) -> SparkSession:
 
     Raises:
         EngineError: the engine asked for cannot run here.
-        RuntimeError: the server did not start; the message holds the end of its log.
+        EngineLost: the server did not start; the message holds the end of its log.
     """
-    url = settings.spark_remote or start(settings).url
+    server = None if settings.spark_remote else start(settings)
     from pyspark.sql import SparkSession
 
-    spark = SparkSession.builder.remote(url).create()
+    from jobs.retries import Patience
+
+    spark = SparkSession.builder.remote(server.url if server else settings.spark_remote).create()
+    spark.client.set_retry_policies([Patience(server)])
     spark.conf.set("spark.sql.session.timeZone", "UTC")
     spark.conf.set("spark.sql.ansi.enabled", "true")
     return spark
@@ -225,7 +232,9 @@ def _launch(settings: Settings, engine: Engine) -> Server:
         if b"bind" not in log.read_bytes().lower() or attempt == _ATTEMPTS - 1:
             break
     tail = " / ".join(log.read_text(errors="replace").strip().splitlines()[-8:])
-    raise RuntimeError(f"the {engine} server did not start; {log} ends with: {tail}")
+    raise EngineLost(
+        f"the engine ({engine}) did not start: see {log}, which ends with: {tail or 'nothing'}"
+    )
 
 
 def _sail_command(settings: Settings, port: int) -> tuple[list[str], dict[str, str]]:
@@ -271,10 +280,10 @@ def _answers(port: int) -> bool:
 
 def _end(server: Server) -> bool:
     """End the server's process, gently first; whether it was there."""
+    if server.ended():
+        return False
     try:
         process = psutil.Process(server.pid)
-        if abs(process.create_time() - server.started) > 1:
-            return False
         process.terminate()
         try:
             process.wait(timeout=20)
@@ -293,9 +302,11 @@ def main() -> None:
     cli = argparse.ArgumentParser(prog="python -m jobs.spark", description="The local engine.")
     cli.add_argument("action", choices=("start", "stop", "status", "jars"))
     action = cli.parse_args().action
+    settings = None
     try:
         settings = Settings.from_env()
         if action == "start":
+            settings.make_folders()
             print(f"engine: {describe(settings)}")
             print(start(settings).url)
         elif action == "stop":
@@ -305,8 +316,8 @@ def main() -> None:
         else:
             begun = time.monotonic()
             print(jvm.resolve_jars(settings.jars), f"{time.monotonic() - begun:.0f} s", sep=", ")
-    except HeadwaterError as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        sys.exit(failures.report(error, settings))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Environment, read once when this module is loaded:
     HEADWATER_DATASETS   comma-separated names: only these have DAGs here (default: every dataset)
     HEADWATER_SCHEDULED  0: the clock starts nothing, only backfills and people do (default: 1)
     HEADWATER_AGAIN      1: feature tables are built also where they are current (default: 0)
+    HEADWATER_TASK_HOURS how long any task may take before it is ended and tried again (default: its
+                         step's own hours, 6 to 24; `feature_store/pipeline.py`)
 """
 
 from __future__ import annotations
@@ -19,17 +21,39 @@ from headwater_job import Announce, JobOperator
 from headwater_plugin import NextDayMapper
 
 from feature_store import datasets
+from feature_store.errors import SpecError
 from feature_store.pipeline import Stage, Step, stages
 from feature_store.spec import Dataset
 
 DEVICES_POOL = "devices"
 RETRIES = 2
 RETRY_DELAY = timedelta(seconds=10)
+_MAX_HOURS = 24 * 365
 MAX_INGESTS = 2  # days read at once; features go one day at a time
 
 _CHOSEN = tuple(n.strip() for n in os.environ.get("HEADWATER_DATASETS", "").split(",") if n.strip())
 _AGAIN = os.environ.get("HEADWATER_AGAIN", "0") != "0"
 _SCHEDULED = os.environ.get("HEADWATER_SCHEDULED", "1") != "0"
+
+
+def task_hours(text: str) -> float | None:
+    """The hours that `HEADWATER_TASK_HOURS` says; None where it says nothing.
+
+    Raises:
+        SpecError: it is no number above 0.
+    """
+    if not text:
+        return None
+    try:
+        hours = float(text)
+        if 0 < hours < _MAX_HOURS:
+            return hours
+    except ValueError:
+        pass
+    raise SpecError(f"HEADWATER_TASK_HOURS is {text!r}: use a number of hours above 0, such as 6")
+
+
+_HOURS = task_hours(os.environ.get("HEADWATER_TASK_HOURS", ""))
 
 
 def chosen_stages(*prefixes: str) -> Iterator[tuple[Dataset, Stage]]:
@@ -108,6 +132,7 @@ def build(
                 command=command(dataset, step),
                 priority_weight=stage.priority,
                 weight_rule="absolute",
+                execution_timeout=timedelta(hours=_HOURS or step.hours),
                 **({"pool": DEVICES_POOL} if step.on_device else {}),
             )
             for before in step.after:

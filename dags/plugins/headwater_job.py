@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout
 
 from feature_store.days import parse_day
 from feature_store.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 USER_ERROR = 2  # exit code of a job that met a HeadwaterError: running it again would not help
+STOP_SECONDS = 15  # between asking a command to end and ending it
 _PR_SET_PDEATHSIG = 1
 
 
@@ -67,7 +68,7 @@ class JobOperator(BaseOperator):
         Raises:
             AirflowFailException: the run has no day as its partition key, or the command exited
                 with `USER_ERROR`.
-            JobFailed: the command failed otherwise.
+            JobFailed: the command failed otherwise, or took longer than the task may.
         """
         try:
             parse_day(self.day)
@@ -86,15 +87,22 @@ class JobOperator(BaseOperator):
             preexec_fn=_die_with_parent(),
         )
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            text = line.rstrip()
-            if not text:
-                continue
-            self.log.info("%s", text)
-            tail.append(text)
-            if text.startswith("error:"):
-                last_error = text
-        code = self._process.wait()
+        try:
+            for line in self._process.stdout:
+                text = line.rstrip()
+                if not text:
+                    continue
+                self.log.info("%s", text)
+                tail.append(text)
+                if text.startswith("error:"):
+                    last_error = text
+            code = self._process.wait()
+        except AirflowTaskTimeout:
+            self.on_kill()
+            raise JobFailed(
+                f"took longer than {self.execution_timeout} and was ended; last output: "
+                f"{tail[-1] if tail else 'none'}; where it needs longer set HEADWATER_TASK_HOURS"
+            ) from None
         if code == 0:
             return
         message = last_error or (tail[-1] if tail else "no output")
@@ -108,8 +116,14 @@ class JobOperator(BaseOperator):
 
     def on_kill(self) -> None:
         """End the command when the task is ended."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:  # it hangs where no signal reaches Python
+            self._process.kill()
+            self._process.wait()
 
 
 class Announce(BaseOperator):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+
+from feature_store.errors import TransientError
 
 _PAGE = 100
 _TRIES = 5  # SQLite answers 503 or 500 while another process holds it
@@ -43,11 +46,15 @@ class TaskRun:
 
 
 class AirflowError(RuntimeError):
-    """Airflow refused a request, or did not answer. `status` is its HTTP status, 0 for no answer."""
+    """Airflow refused a request. `status` is its HTTP status, 0 for no answer."""
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
+
+
+class AirflowSilent(AirflowError, TransientError):
+    """Airflow did not answer, however often it was asked."""
 
 
 class AirflowClient:
@@ -65,6 +72,7 @@ class AirflowClient:
 
         Raises:
             AirflowError: with the API's own words.
+            AirflowSilent: no answer, or none that makes sense.
         """
         problem = ""
         for attempt in range(_TRIES):
@@ -83,8 +91,14 @@ class AirflowClient:
                     f"{method} {path}: {answer.status_code}: {answer.text[:500]}",
                     answer.status_code,
                 )
-            return answer.json() if answer.content else None
-        raise AirflowError(f"{method} {path} failed {_TRIES} times, last {problem}")
+            try:
+                return answer.json() if answer.content else None
+            except ValueError:
+                problem = f"no JSON: {answer.text[:500]}"
+        raise AirflowSilent(
+            f"Airflow did not answer {method} {path} {_TRIES} times, the last time by {problem}: see "
+            "airflow/services/ in HEADWATER_HOME and run the same command again, it goes on from here"
+        )
 
     def healthy(self) -> bool:
         """Whether the api-server answers."""
@@ -94,8 +108,12 @@ class AirflowClient:
             return False
 
     def warm_up_execution(self) -> None:
-        """Have the api-server load what tasks talk to, which takes seconds the first time."""
-        self._http.get("/execution/health", timeout=120)
+        """Have the api-server load what tasks talk to, which takes seconds the first time.
+
+        Where it takes longer still, the first tasks find it loaded or are tried again.
+        """
+        with contextlib.suppress(httpx.TransportError):
+            self._http.get("/execution/health", timeout=120)
 
     def parsed(self, dag_ids: Iterable[str], since: datetime) -> set[str]:
         """Those of `dag_ids` that were parsed after `since` and are neither stale nor paused."""

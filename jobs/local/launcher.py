@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from feature_store.days import shift
-from jobs.local.client import ACTIVE, AirflowClient, AirflowError, DagRun
+from jobs.local.client import ACTIVE, AirflowClient, AirflowError, AirflowSilent, DagRun
 from jobs.local.plan import DONE, Pair, Plan
 from jobs.local.progress import Progress
 from jobs.local.services import AirflowServices
@@ -79,6 +79,9 @@ class Launcher:
                 self.look()
                 self.wait(progress)
             return self.summary(progress)
+        except AirflowSilent:
+            self.services.check()  # a service that ended says why
+            raise
         finally:
             progress.close()
 

@@ -26,8 +26,9 @@ from pathlib import Path
 
 from feature_store import datasets
 from feature_store.days import parse_day
-from feature_store.errors import DataError, HeadwaterError
+from feature_store.errors import DataError
 from feature_store.spec import Dataset
+from jobs import failures
 from jobs.local.launcher import Launcher, instant
 from jobs.local.plan import Plan, check_current, check_history, choose_days
 from jobs.local.services import AirflowServices
@@ -62,14 +63,15 @@ def main() -> None:
     args = parser().parse_args()
     # not by way of SIGINT, which a shell's background job is started with ignored
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    settings, dataset = None, None
     try:
+        settings, dataset = Settings.from_env(), datasets.get(args.dataset)
         sys.exit(run(args))
-    except HeadwaterError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(failures.INTERRUPTED)
+    except Exception as error:
+        sys.exit(failures.report(error, settings, dataset))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(
             f"SOURCE is missing: name the folder of {dataset.name}'s raw logs, as in SOURCE=/data/logs"
         )
+    settings.make_folders()
     check_history(dataset, days[0], _built(settings, dataset))
     check_current(dataset, days[0], stale_days(dataset, settings))
 

@@ -8,6 +8,7 @@ that names the folder, so that neither another checkout's nor a person's own pro
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from feature_store.errors import HeadwaterError
+from jobs import failures
 from jobs.local.client import AirflowClient, TaskRun
 from jobs.settings import REPOSITORY
 
@@ -118,6 +120,7 @@ class AirflowServices:
                 env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False,
             ).returncode  # fmt: skip
         if code:
+            self._check_ground("migrate")
             raise ServiceError(
                 f"airflow db migrate exited with {code}: see {self._log_path('migrate')}"
             )
@@ -131,6 +134,9 @@ class AirflowServices:
         Half-filled waits (one of two inputs was there) of `dag_ids` are dropped, as they outlive what
         they were about: a day that is built again would start on the input of the time before. A
         run announces again whatever is done and still waited for.
+
+        Raises:
+            ServiceError: the database is locked or damaged.
         """
         ids = list(dag_ids)
         marks = ",".join("?" * len(ids))
@@ -141,10 +147,16 @@ class AirflowServices:
         keys = (
             f"DELETE FROM partitioned_asset_key_log WHERE asset_partition_dag_run_id IN ({waiting})"
         )
-        with contextlib.closing(sqlite3.connect(self._database)) as database, database:
-            database.execute("UPDATE job SET state = 'failed' WHERE state = 'running'")
-            database.execute(keys, ids)
-            database.execute(f"DELETE FROM asset_partition_dag_run WHERE id IN ({waiting})", ids)
+        try:
+            with contextlib.closing(sqlite3.connect(self._database)) as database, database:
+                database.execute("UPDATE job SET state = 'failed' WHERE state = 'running'")
+                database.execute(keys, ids)
+                database.execute(
+                    f"DELETE FROM asset_partition_dag_run WHERE id IN ({waiting})", ids
+                )
+        except sqlite3.Error as error:
+            self._check_ground("scheduler", str(error))
+            raise
 
     def start_api(self) -> AirflowClient:
         """Start the api-server and the DAG processor; a client once the first answers.
@@ -192,6 +204,7 @@ class AirflowServices:
         for name, process in self._processes.items():
             code = process.poll()
             if code is not None:
+                self._check_ground(name)
                 raise ServiceError(
                     f"airflow {name} ended with {code}: see {self._log_path(name)}; start again to go on"
                 )
@@ -283,6 +296,28 @@ class AirflowServices:
             if time.monotonic() > deadline:
                 raise ServiceError(f"{problem} after {START_SECONDS} s: see {self._log_path(name)}")
             time.sleep(0.5)
+
+    def _check_ground(self, name: str, said: str = "") -> None:
+        """Raise what lies under the end of a service, as far as its log or `said` shows it.
+
+        Raises:
+            OSError: the disk is full.
+            ServiceError: the database is locked or damaged.
+        """
+        with contextlib.suppress(OSError):  # a full disk may have left no log
+            said += self._log_path(name).read_text(errors="replace")[-20_000:]
+        if failures.is_full(self.home) or failures.FULL_DISK.search(said):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.home))
+        if failures.DAMAGED_SQLITE.search(said):
+            raise ServiceError(
+                f"Airflow's database {self._database} is damaged: move it away and run the same "
+                "command again; what is built is kept, days that were done are built once more"
+            )
+        if "database is locked" in said:
+            raise ServiceError(
+                f"Airflow's database {self._database} is locked: end what holds it (`fuser "
+                f"{self._database}` names it) and run the same command again"
+            )
 
     def _log_path(self, name: str) -> Path:
         return self.home / "services" / f"{name}.log"

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from urllib.parse import quote
 
 from feature_store import datasets
-from feature_store.errors import HeadwaterError
+from jobs import failures
 from jobs.local.plan import Plan
 from jobs.local.run import DEVICES_POOL, device_slots, services_for
 from jobs.local.services import AirflowServices, ServiceError, free_port, read_state
@@ -33,13 +33,14 @@ _MLFLOW_PORT, _FILES_PORT = 5000, 8081
 def main() -> None:
     """Serve until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    settings = None
     try:
-        serve(Settings.from_env())
-    except HeadwaterError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        settings = Settings.from_env()
+        serve(settings)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
+    except Exception as error:
+        sys.exit(failures.report(error, settings))
 
 
 def serve(settings: Settings) -> None:
@@ -48,7 +49,7 @@ def serve(settings: Settings) -> None:
     Raises:
         ServiceError: a service does not start, or ended.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
+    settings.make_folders()
     files = files_server(settings.home)
     mlflow = _mlflow(settings)
     services: AirflowServices | None = None

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,8 @@ def client(settings: Settings) -> MlflowClient:
 
     for name in ("alembic", "mlflow"):  # a line per table that is created
         logging.getLogger(name).setLevel(logging.WARNING)
+    # the traceback of what is raised all the same
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     sqlite = settings.mlflow_uri.startswith("sqlite:///")
     lock: Any = nullcontext()
     if sqlite:
@@ -120,7 +122,13 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.client.set_terminated(self.id, "FINISHED" if error is None else "FAILED")
+        if error is None:
+            self.client.set_terminated(self.id, "FINISHED")
+            return
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):  # `error` is what matters
+            self.client.set_terminated(self.id, "FAILED")
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from feature_store import datasets
+from feature_store.errors import SpecError
 from feature_store.pipeline import stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,8 @@ print("\\n" + json.dumps({{
     "heavy": sorted({{m for m in {HEAVY} if m in sys.modules}} - before),
     "dags": sorted(bag.dags), "errors": bag.import_errors,
     "ends": {{d.dag_id: bool(d.end_date) for d in bag.dags.values()}},
+    "hours": sorted({{t.execution_timeout.total_seconds() / 3600 for d in bag.dags.values()
+                     for t in d.tasks if t.task_id != "publish"}}),
 }}))
 """
 
@@ -156,6 +159,22 @@ def test_a_new_task_or_model_of_a_spec_is_a_new_stage_or_step() -> None:
     assert steps == {"train_sum_distil"}
 
 
+@pytest.mark.parametrize("name", datasets.names())
+def test_no_task_may_take_for_ever(bag: Any, name: str) -> None:
+    for stage in stages(datasets.get(name)):
+        for step in stage.steps:
+            task = bag.dags[stage.dag_id].get_task(step.name)
+            assert task.execution_timeout == timedelta(hours=step.hours)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_hours_that_are_none_are_refused(text: str) -> None:
+    from headwater_dags import task_hours
+
+    with pytest.raises(SpecError, match=f"HEADWATER_TASK_HOURS is '{text}'"):
+        task_hours(text)
+
+
 def test_every_dag_has_a_page(bag: Any) -> None:
     for dag in bag.dags.values():
         assert (dag.doc_md and "make run" in dag.doc_md) or "Clear" in dag.doc_md
@@ -172,7 +191,10 @@ def test_parsing_imports_nothing_heavy_and_costs_less_than_importing_airflow(
 
 
 def test_the_environment_limits_datasets_and_turns_off_the_clock(tmp_path: Path) -> None:
-    found = parse(tmp_path, HEADWATER_DATASETS="globo", HEADWATER_SCHEDULED="0")
+    found = parse(
+        tmp_path, HEADWATER_DATASETS="globo", HEADWATER_SCHEDULED="0", HEADWATER_TASK_HOURS="2.5"
+    )
     assert found["errors"] == {}
+    assert found["hours"] == [2.5]
     assert {d.split("_")[0] for d in found["dags"]} == {"globo"}
     assert {d for d, ended in found["ends"].items() if ended} == {"globo_ingest"}

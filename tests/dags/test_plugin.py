@@ -99,3 +99,21 @@ def test_a_run_without_a_day_as_its_key_runs_nothing(day: str, tmp_path: Path) -
 
 def test_output_that_is_not_text_does_not_fail_a_job() -> None:
     operator("import sys; sys.stdout.buffer.write(b'\\xff\\xfe\\n')").execute({})
+
+
+def test_a_job_that_takes_too_long_is_ended_whatever_it_does_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import headwater_job
+    import psutil
+    from airflow.sdk.execution_time.timeout import timeout
+
+    monkeypatch.setattr(headwater_job, "STOP_SECONDS", 0.1)
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "print(os.getpid(), flush=True); time.sleep(600)"
+    )
+    job = operator(code)
+    with pytest.raises(headwater_job.JobFailed, match=r"took longer than .*TASK_HOURS"), timeout(2):
+        job.execute({})
+    assert not psutil.pid_exists(job._process.pid)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs import jvm, spark
@@ -144,10 +148,28 @@ def test_a_corrupt_or_foreign_state_file_is_no_server(settings: Settings) -> Non
 
 
 def test_a_pid_used_again_by_another_process_is_not_our_server() -> None:
-    import os
-
     server = spark.Server(
         engine=spark.Engine.SAIL, url="sc://127.0.0.1:1", pid=os.getpid(), started=0.0
     )
     assert not server.alive()
     assert spark._end(server) is False
+
+
+def test_a_killed_server_that_nobody_waited_for_is_gone_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It stays in the process table while the launcher that started it lives."""
+    process = subprocess.Popen(["sleep", "600"])
+    started = psutil.Process(process.pid).create_time()
+    server = spark.Server(
+        engine=spark.Engine.SAIL, url="sc://127.0.0.1:1", pid=process.pid, started=started
+    )
+    assert not server.ended()
+    process.send_signal(signal.SIGKILL)
+    os.waitid(
+        os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
+    )  # dead, and its exit code not asked for
+    monkeypatch.setattr(psutil.Process, "wait", lambda *_, **__: pytest.fail("waits for the dead"))
+    assert server.ended() and not server.alive()
+    assert not spark._end(server)
+    process.wait()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,6 +288,51 @@ def test_a_killed_job_leaves_the_old_partition_or_the_new_one(
     assert ids(lake) == [8]
     staging = Path(root) / SPEC.name / "_staging" / "truth" / f"ds={DAY}"
     assert [p.name for p in staging.iterdir()] == [".lock"]
+    assert files_of(lake) == named_by_any_version(lake)
+    for written in (recorded, lake.partitions("truth")[DAY]):
+        assert ids(lake, version=written.version) == ([1, 2] if written == recorded else [8])
+
+
+def files_of(lake: Lake) -> set[str]:
+    """What lies in the folder of the partition `DAY`."""
+    return {p.name for p in Path(lake.uri("truth"), f"ds={DAY}").iterdir()}
+
+
+def named_by_any_version(lake: Lake) -> set[str]:
+    newest = lake.version("truth")
+    tables = [DeltaTable(lake.uri("truth"), version=v) for v in range(newest + 1)]
+    return {Path(uri).name for table in tables for uri in table.file_uris()}
+
+
+def test_a_file_that_nobody_committed_stays_where_its_writer_may_live(lake: Lake) -> None:
+    """Without a lock, as on an object store: only what is a day old is a dead writer's."""
+    publish(lake, [1])
+    folder = Path(lake.uri("truth"), f"ds={DAY}")
+    young, old = folder / "young.parquet", folder / "old.parquet"
+    for path in (young, old):
+        path.write_bytes(b"moved")
+    long_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (long_ago, long_ago))
+    files = pafs.LocalFileSystem()
+    where = str(folder.parent), lake.uri("truth"), contract(SPEC, "truth"), {"ds": DAY}
+    replace_partition(files, *where, {}, locked=False)
+    assert young.exists() and not old.exists()
+    replace_partition(files, *where, {}, locked=True)
+    assert not young.exists()
+    assert files_of(lake) == named_by_any_version(lake)
+
+
+def test_nothing_is_removed_where_older_versions_may_name_it(lake: Lake) -> None:
+    publish(lake, [1])
+    first = publish(lake, [2])
+    table = DeltaTable(lake.uri("truth"))
+    table.create_checkpoint()
+    log = Path(lake.uri("truth"), "_delta_log")
+    for version in range(first.version):  # as a table's retention removes them
+        (log / f"{version:020d}.json").unlink()
+    before = files_of(lake)
+    publish(lake, [3])
+    assert before < files_of(lake)
 
 
 def test_a_refused_partition_stays_as_it_was(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +385,7 @@ def test_writers_of_one_partition_at_once_leave_the_rows_of_one(lake: Lake, tmp_
         home = f"{tmp_path}/lake/{SPEC.name}/truth"
         files = {str(path): (1, path.stat().st_size)}
         replace_partition(
-            pafs.LocalFileSystem(), home, lake.uri("truth"), shape, {"ds": DAY}, files
+            pafs.LocalFileSystem(), home, lake.uri("truth"), shape, {"ds": DAY}, files, locked=False
         )
 
     assert not _at_once([lambda i=i: write(i) for i in range(6)])
