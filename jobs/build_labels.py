@@ -119,7 +119,11 @@ def _given(
             label_column(t.label.column) for t in tasks if isinstance(t.label, GivenLabel)
         )
     )
-    answers = targets.join(impressions.select("target_id", *labels), "target_id", "left")
+    key = contract(dataset, "impressions").key
+    kinds = F.array(*(F.lit(t.name) for t in dataset.targets))
+    target = (F.array_position(kinds, F.col("target")) - 1).cast("int").alias("target")
+    given = impressions.select(*(target if n == "target" else n for n in key), *labels)
+    answers = targets.join(given, list(key), "left")
     columns, names = [], {task.name: f"_{i}" for i, task in enumerate(tasks)}
     for task in tasks:
         assert isinstance(task.label, GivenLabel)
