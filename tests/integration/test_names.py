@@ -11,6 +11,9 @@ import pytest
 from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from feature_store.days import day_range, shift
+from feature_store.embeddings import read_embeddings
+from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from feature_store.tables import contract
 from jobs import (
@@ -20,10 +23,15 @@ from jobs import (
     build_sequences,
     ingest,
     item_features,
+    publish_embeddings,
+    report,
+    train_downstream,
+    train_upstream,
 )
 from jobs.context import JobContext
 from jobs.settings import Settings
 from jobs.sources import SourceDay
+from tests import synthetic
 from tests.names import (
     DAYS,
     back,
@@ -168,7 +176,7 @@ def test_every_feature_job_builds_the_same_tables_under_any_names(
 ) -> None:
     dataset = plain(6)
     events, shown = world(dataset, users=4, seed=1)
-    wanted = ("hour", "rank", "position", "seen", "x_0", "select")
+    wanted = ("hour", "value", "late", "problem", "outside", "position", "seen", "x_0", "select")
     by = renaming(dataset, wanted, seed=len(engine))
     other = under(dataset, by)
     settings = settings_of(engine)
@@ -180,3 +188,50 @@ def test_every_feature_job_builds_the_same_tables_under_any_names(
     ours = (under_names(t, n, other, by) for n, t in (("events", events), ("impressions", shown)))
     for name, table in _built(at("other"), other, *ours, monkeypatch).items():
         _assert_same(back(table, name, dataset, by), want[name], name)
+
+
+# ---- all that trains
+
+_TRAINED = {
+    "category": "keys", "ad": "values", "price": "float", "image": "type", "surface": "training",
+    "likes": "pop", "clicks": "forward", "impression": "position", "favourite": "item",
+    "liked": "half", "clicked": "items", "likes_1d": "event_id", "likes_2d": "labels",
+    "click": "user_id", "buy": "z" * 60, "bought": "context",
+}  # fmt: skip
+
+
+def _published(settings: Settings, dataset: Dataset, rows: dict, days: list[str]) -> dict:
+    lake = Lake(settings.lake_root, dataset)
+    synthetic.publish(lake, rows)
+    for ds in days:
+        for model in dataset.models:
+            context = JobContext(dataset=dataset, ds=ds, settings=settings, model=model)
+            train_upstream.run(context)
+            publish_embeddings.run(context)
+    return {m: read_embeddings(lake, m, days[-1]).numpy().tobytes() for m in dataset.models}
+
+
+def test_what_is_trained_published_and_compared_is_the_same_under_any_names(
+    tmp_path, monkeypatch
+) -> None:
+    dataset = synthetic.dataset()
+    other = under(dataset, _TRAINED)
+    days = day_range(synthetic.FIRST_DAY, shift(synthetic.FIRST_DAY, 2))
+    rows = synthetic.tables(dataset, days=len(days), users=15)
+
+    def renamed(name: str, table: pa.Table) -> pa.Table:
+        table = table.rename_columns(contract(other, name).schema.names)
+        for column in {"task", "target"} & set(table.schema.names):
+            values = pa.array([_TRAINED[v] for v in table[column].to_pylist()], pa.string())
+            table = table.set_column(table.schema.get_field_index(column), column, values)
+        return table.cast(contract(other, name).schema)
+
+    others = {n: {ds: renamed(n, t) for ds, t in by_day.items()} for n, by_day in rows.items()}
+    homes = [Settings.from_env({"HEADWATER_HOME": str(tmp_path / n)}) for n in ("plain", "other")]
+    want = _published(homes[0], dataset, rows, days)
+    assert _published(homes[1], other, others, days) == want
+    monkeypatch.setattr(train_downstream, "MIN_TRAIN_DAYS", 1)
+    task = JobContext(dataset=other, ds=days[-1], settings=homes[1], task=other.tasks[0].name)
+    train_downstream.run(task)
+    report.run(task)
+    assert (homes[1].report_dir(other.name) / "index.html").exists()
