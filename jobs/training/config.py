@@ -78,6 +78,10 @@ class TrainingConfig:
             raise SpecError(
                 f"TrainingConfig.shift_weight is {self.shift_weight}: a weight is 0 or more"
             )
+        if self.catch_up_days < 0:
+            raise SpecError(
+                f"TrainingConfig.catch_up_days is {self.catch_up_days}: give 0 or more days"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
