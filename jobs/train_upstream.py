@@ -304,8 +304,7 @@ class UpstreamDay:
 
         A model of one domain is judged by the labels of that domain.
         """
-        from jobs.training.judge import decide, drift
-        from jobs.training.loop import score_and_embed
+        from jobs.training.judge import decide, drift, score_and_embed
 
         learners: dict[str, Learner] = {}
         for side, snapshot in (("candidate", candidate), ("champion", champion)):

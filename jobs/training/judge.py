@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from math import prod
@@ -13,7 +13,9 @@ import numpy as np
 from feature_store.spec import Dataset
 from jobs.text import interval
 from jobs.training.config import GateConfig
-from jobs.training.loop import Scored
+from jobs.training.loader import Limits, cuts
+from jobs.training.loop import Learner, Scored, concat, labelled_predictions
+from jobs.training.rows import Rows
 from models import metrics
 
 Metrics = dict[str, Any]
@@ -69,6 +71,27 @@ def task_metrics(
                 for part in [mine.where(mine.domain == value)]
             }
     return found
+
+
+def score_and_embed(
+    dataset: Dataset, learners: Mapping[str, Learner], decoded: Iterable[Rows], limits: Limits
+) -> dict[str, tuple[Scored, np.ndarray]]:
+    """By learner, predictions for every label and user embeddings (R, K, D) float32 of the same rows, which
+    are decoded once. What is not a number is returned as it is: the gate judges it."""
+    scored: dict[str, list[Scored]] = {name: [] for name in learners}
+    embedded: dict[str, list[np.ndarray]] = {name: [] for name in learners}
+    for rows in decoded:
+        for lo, hi in cuts(rows, limits):
+            batch = rows.batch(lo, hi)
+            for name, learner in learners.items():
+                found = learner.probabilities(batch).numpy()
+                scored[name].append(labelled_predictions(dataset, rows, lo, hi, batch, found))
+                embedded[name].append(learner.user_embeddings(batch).numpy())
+    nobody = np.empty((0, 0, 0), np.float32)
+    return {
+        name: (concat(parts), np.concatenate(embedded[name]) if parts else nobody)
+        for name, parts in scored.items()
+    }
 
 
 def drift(candidate: np.ndarray, champion: np.ndarray | None) -> Metrics:

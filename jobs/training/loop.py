@@ -429,24 +429,3 @@ def labelled_predictions(
         prediction=chosen,
         domain=domain[target],
     )
-
-
-def score_and_embed(
-    dataset: Dataset, learners: Mapping[str, Learner], decoded: Iterable[Rows], limits: Limits
-) -> dict[str, tuple[Scored, np.ndarray]]:
-    """By learner, predictions for every label and user embeddings (R, K, D) float32 of the same rows, which
-    are decoded once. What is not a number is returned as it is: the gate judges it."""
-    scored: dict[str, list[Scored]] = {name: [] for name in learners}
-    embedded: dict[str, list[np.ndarray]] = {name: [] for name in learners}
-    for rows in decoded:
-        for lo, hi in cuts(rows, limits):
-            batch = rows.batch(lo, hi)
-            for name, learner in learners.items():
-                found = learner.probabilities(batch).numpy()
-                scored[name].append(labelled_predictions(dataset, rows, lo, hi, batch, found))
-                embedded[name].append(learner.user_embeddings(batch).numpy())
-    nobody = np.empty((0, 0, 0), np.float32)
-    return {
-        name: (concat(parts), np.concatenate(embedded[name]) if parts else nobody)
-        for name, parts in scored.items()
-    }
