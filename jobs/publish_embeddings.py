@@ -7,12 +7,12 @@ partition and in MLflow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from feature_store.days import day_range, end_us, micros, shift
-from feature_store.errors import DataError, QualityError, StalePartitionError
+from feature_store.errors import QualityError, StalePartitionError
 from jobs.context import JobContext, main
 
 if TYPE_CHECKING:
@@ -57,19 +57,14 @@ def run(context: JobContext) -> None:
         )
     users = UserRows.of(lake, chosen, ds)
     ids, raw = embed(context, chosen, champion, users, Checkpoints(root))
-    if not len(ids):
-        raise DataError(
-            f"{users.table} of {dataset.name} on {ds} has no user: nothing to publish; "
-            "check that the source has events on that day"
-        )
     before_days = [shift(ds, -i) for i in range(1, POOLED_DAYS)]
-    published = [
-        day
-        for day in before_days
-        if lineage.get("user_embeddings", day, model)
-        and not lineage.stale("user_embeddings", day, model)
+    published = {day: lineage.get("user_embeddings", day, model) for day in before_days}
+    before = [
+        read_embeddings(lake, model, day, "raw")
+        for day, partition in published.items()
+        if partition and partition.rows and len(ids)
+        if not lineage.stale("user_embeddings", day, model)
     ]
-    before = [read_embeddings(lake, model, day, "raw") for day in published]
     notes = statistics(
         context, ids, raw, before[0] if before and before[0].ds == before_days[0] else None
     )
@@ -89,8 +84,7 @@ def run(context: JobContext) -> None:
     )  # fmt: skip
     _log(context, model, notes)
     print(
-        f"{model} {ds}: {len(ids):,} users published from {champion.id}, "
-        f"coverage {notes['coverage'] if notes['coverage'] is not None else float('nan'):.1%}",
+        f"{model} {ds}: {len(ids):,} users published from {champion.id}, {coverage_text(notes)}",
         flush=True,
     )
 
@@ -160,6 +154,7 @@ def embed(
     import pyarrow as pa
     import torch
 
+    from feature_store.tables import contract
     from jobs.training.loop import Learner, choose_device
 
     torch.set_num_threads(preset.training.threads)
@@ -171,7 +166,8 @@ def embed(
             values.append(found.astype(np.float16))
         ids.append(user_ids)
     if not ids:
-        return pa.array([]), np.empty((0, 0, 0), np.float16)
+        kind = contract(context.dataset, users.table).schema.field("user_id").type
+        return pa.array([], kind), np.empty((0, 0, 0), np.float16)
     joined = pa.concat_arrays(ids)
     order = pa.compute.sort_indices(joined)
     return joined.take(order), np.concatenate(values)[order.to_numpy()]
@@ -199,12 +195,12 @@ def embedded(
 def statistics(
     context: JobContext, ids: pa.Array, raw: np.ndarray, yesterday: UserEmbeddings | None
 ) -> dict[str, Any]:
-    """Coverage, norms and drift, in float32.
+    """Coverage, norms and drift.
 
     Returns:
         users; coverage (share of the day's impression users who have one, None without
-        impressions); norm_mean, norm_min, norm_max; common_users, cosine, l2, l2_relative against
-        the day before, None where it was not published.
+        impressions); norm_mean, norm_min, norm_max, None without users; common_users, cosine, l2,
+        l2_relative against the day before, None where it has none of these users.
 
     Raises:
         QualityError: an embedding is not finite in float16, or all zeros.
@@ -212,10 +208,9 @@ def statistics(
     import numpy as np
     import pyarrow.compute as pc
 
-    from jobs.training.judge import drift
+    from jobs.training.judge import drift, flat
 
-    flat = raw.reshape(len(raw), -1).astype(np.float32)
-    norms = np.linalg.norm(flat, axis=1)
+    norms = np.linalg.norm(flat(raw), axis=1)
     bad = ~np.isfinite(norms) | (norms == 0)
     if bad.any():
         few = [ids[int(i)].as_py() for i in np.nonzero(bad)[0][:3]]
@@ -226,9 +221,9 @@ def statistics(
     notes: dict[str, Any] = {
         "users": len(ids),
         "coverage": None,
-        "norm_mean": float(norms.mean()),
-        "norm_min": float(norms.min()),
-        "norm_max": float(norms.max()),
+        "norm_mean": float(norms.mean()) if len(norms) else None,
+        "norm_min": float(norms.min()) if len(norms) else None,
+        "norm_max": float(norms.max()) if len(norms) else None,
         "common_users": 0,
         "cosine": None,
         "l2": None,
@@ -246,6 +241,12 @@ def statistics(
             moved = drift(raw[present], before[present])
             notes |= {k: moved[k] for k in ("cosine", "l2", "l2_relative")}
     return notes
+
+
+def coverage_text(notes: Mapping[str, Any]) -> str:
+    """Whom of the day's impressions it covers, for the log."""
+    found = notes["coverage"]
+    return "no impressions to cover" if found is None else f"coverage {found:.1%}"
 
 
 def pooled_cosine(rows: pa.Table, yesterday: UserEmbeddings) -> float | None:

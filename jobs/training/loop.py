@@ -390,12 +390,25 @@ def score(dataset: Dataset, learner: Learner, decoded: Iterable[Rows], limits: L
     Raises:
         FloatingPointError: a prediction is not a number.
     """
-    return concat(
-        labelled_predictions(dataset, rows, lo, hi, batch, learner.probabilities(batch).numpy())
-        for rows in decoded
-        for lo, hi in cuts(rows, limits)
-        for batch in [rows.batch(lo, hi)]
+    return finite(
+        concat(
+            labelled_predictions(dataset, rows, lo, hi, batch, learner.probabilities(batch).numpy())
+            for rows in decoded
+            for lo, hi in cuts(rows, limits)
+            for batch in [rows.batch(lo, hi)]
+        )
     )
+
+
+def finite(scored: Scored) -> Scored:
+    """The same.
+
+    Raises:
+        FloatingPointError: a prediction is not a number.
+    """
+    if not np.isfinite(scored.prediction).all():
+        raise FloatingPointError("a prediction is not a number: the model has diverged")
+    return scored
 
 
 def labelled_predictions(
@@ -405,8 +418,6 @@ def labelled_predictions(
     labels = batch.labels.numpy()
     target, task = np.nonzero(labels != NO_LABEL)
     chosen = probabilities[target, task].astype(np.float64)
-    if not np.isfinite(chosen).all():
-        raise FloatingPointError("a prediction is not a number: the model has diverged")
     first = rows.target_offsets[lo]
     row = batch.row_of_target.numpy()[target]
     domain = np.full(batch.targets, -1, np.int64)
@@ -425,22 +436,3 @@ def labelled_predictions(
 
 def _stored(ids: pa.Array, at: np.ndarray) -> np.ndarray:
     return ids.take(pa.array(at)).to_numpy(zero_copy_only=False)
-
-
-def embeddings_of(
-    learner: Learner, decoded: Iterable[Rows], limits: Limits
-) -> tuple[np.ndarray, np.ndarray]:
-    """User embeddings of each row: user_id (R,) int64 and embeddings (R, K, D) float32."""
-    users, embeddings = [], []
-    for batch in _batches(decoded, limits):
-        users.append(batch.user_id.numpy())
-        embeddings.append(learner.user_embeddings(batch).numpy())
-    if not users:
-        return np.empty(0, np.int64), np.empty((0, 0, 0), np.float32)
-    return np.concatenate(users), np.concatenate(embeddings)
-
-
-def _batches(decoded: Iterable[Rows], limits: Limits) -> Iterator[Batch]:
-    for rows in decoded:
-        for lo, hi in cuts(rows, limits):
-            yield rows.batch(lo, hi)
