@@ -316,7 +316,7 @@ def bootstrap_mean_ne_difference(
     return _interval(float((sums.sum(0) / bases.sum(0)).mean()), draws, confidence)
 
 
-def _bootstrap_ratios(above: Array, below: Array, *, samples: int, seed: int) -> Array:
+def _bootstrap_ratios(above: np.ndarray, below: np.ndarray, *, samples: int, seed: int) -> Array:
     """(samples, k): sums of `above` (users, k) over sums of `below` (users, k or 1), users drawn with
     replacement; NaN where none was drawn that has anything below."""
     rng, users = np.random.default_rng(seed), len(below)
