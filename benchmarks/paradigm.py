@@ -10,7 +10,7 @@ when they are cut, order what they lose when they are shuffled (`benchmarks/hist
 paradigm is credited with neither. Reads the lake that `make run DATASET=...` built in HEADWATER_HOME;
 each training is a file under --out, and a run that was killed goes on when the same is typed again.
 
-NE: mean log loss over the entropy of the base rate of the training days, averaged over seeds. A
+NE: log loss over that of the constant at the base rate of the training days, averaged over seeds. A
 difference has a 95 % interval by a paired bootstrap over users, all seeds at once: it says what other users
 would have changed, and of other trainings only as much as there are seeds.
 """

@@ -21,7 +21,7 @@ from feature_store.errors import DataError
 from feature_store.spec import Dataset
 from jobs.training.checkpoints import replacing, write_atomically
 from jobs.training.loop import Scored
-from models.metrics import Interval, bootstrap_means, entropy, normalized_entropy, row_logloss
+from models.metrics import Interval, Paired, bootstrap_mean_ne_difference, normalized_entropy
 
 PARTS = ("validation", "test")
 
@@ -55,6 +55,8 @@ def same_labels(one: Predictions, other: Predictions) -> bool:
 
 def interval_text(found: Interval) -> str:
     """For a cell of a table."""
+    if not np.isfinite(found.mean):
+        return "too few users"
     return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
@@ -171,10 +173,8 @@ class Pair(NamedTuple):
 
 
 def mean_ne_difference(pairs: Sequence[Pair], *, samples: int = 1000, seed: int = 0) -> Interval:
-    """NE of `mine` less NE of `other`, averaged over the pairs, with its 95 % interval.
-
-    A paired bootstrap as in `models.metrics.bootstrap_ne_differences`; a user is drawn in all pairs
-    at once, since tasks and seeds share users.
+    """NE of `mine` less NE of `other`, averaged over the pairs, with its 95 % interval: a paired bootstrap
+    as in `models.metrics.bootstrap_mean_ne_difference`.
 
     Raises:
         DataError: a pair was tested on different labels.
@@ -185,20 +185,11 @@ def mean_ne_difference(pairs: Sequence[Pair], *, samples: int = 1000, seed: int 
                 f"{name} were tested on different labels ({len(mine)} and {len(other)}): delete the older "
                 "of the two results"
             )
-    users, place = np.unique(np.concatenate([p.mine.user_id for p in pairs]), return_inverse=True)
-    of = np.split(place, np.cumsum([len(p.mine) for p in pairs])[:-1])
-    lost = [
-        (row_logloss(a.label, a.prediction) - row_logloss(b.label, b.prediction)) / entropy(rate)
-        for a, b, rate, _ in pairs
+    paired = [
+        Paired(mine.label, mine.prediction, other.prediction, mine.user_id, rate)
+        for mine, other, rate, _ in pairs
     ]
-    n = len(users)
-    sums = np.stack([np.bincount(u, x, minlength=n) for u, x in zip(of, lost, strict=True)], axis=1)
-    rows = np.stack([np.bincount(u, minlength=n) for u in of], axis=1).astype(np.float64)
-    draws = bootstrap_means(sums, rows, samples=samples, seed=seed).mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(
-        mean=float((sums.sum(0) / rows.sum(0)).mean()), low=float(low), high=float(high)
-    )
+    return bootstrap_mean_ne_difference(paired, samples=samples, seed=seed)
 
 
 def difference(

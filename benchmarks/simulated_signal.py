@@ -3,7 +3,7 @@
     python -m benchmarks.simulated_signal
 
 Trains on four days and tests on the fifth, with features made by numpy straight from the world. The
-table of docs/simulated.md was made with it. NE: mean log loss over the entropy of the base rate of
+table of docs/simulated.md was made with it. NE: log loss over that of the base rate of
 the training days.
 """
 
@@ -22,6 +22,7 @@ from jobs.sources.simulated_world import (
     World,
     seen_before,
 )
+from models.metrics import normalized_entropy
 
 WARM_UP_DAYS, TRAIN_DAYS = 8, 4
 USERS = 6000  # more than `make run` has: the figures are steadier
@@ -130,12 +131,6 @@ def features(days: dict[int, tuple], day: int) -> dict[str, Array]:
     }
 
 
-def normalized_entropy(p: Array, y: Array, base_rate: float) -> float:
-    """Mean log loss over the entropy of `base_rate`."""
-    loss = -np.mean(np.where(y, np.log(p), np.log1p(-p)))
-    return loss / -(base_rate * np.log(base_rate) + (1 - base_rate) * np.log1p(-base_rate))
-
-
 def main() -> None:
     """Print the table."""
     first = (
@@ -165,7 +160,7 @@ def main() -> None:
                 )  # fmt: skip
                 model.fit(np.concatenate([train[k] for k in kinds], axis=1), train[task])
                 p = model.predict_proba(np.concatenate([test[k] for k in kinds], axis=1))[:, 1]
-            found.append(normalized_entropy(p, test[task], train[task].mean()))
+            found.append(normalized_entropy(test[task], p, train[task].mean()))
         print(f"{title:34} {found[0]:8.3f} {found[1]:11.3f}", flush=True)
     for task in ("click", "conversion"):
         print(f"base rate of {task}: {train[task].mean():.4f}, {len(test[task])} impressions a day")

@@ -7,12 +7,12 @@ partition and in MLflow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from feature_store.days import day_range, end_us, micros, shift
-from feature_store.errors import DataError, QualityError
+from feature_store.errors import QualityError
 from jobs.context import JobContext, main
 
 if TYPE_CHECKING:
@@ -49,14 +49,13 @@ def run(context: JobContext) -> None:
     chosen = preset(dataset, model)
     users = UserRows.of(lake, chosen, ds)
     ids, raw = embed(context, chosen, champion, users, Checkpoints(root))
-    if not len(ids):
-        raise DataError(
-            f"{users.table} of {dataset.name} on {ds} has no user: nothing to publish; "
-            "check that the source has events on that day"
-        )
     published = lake.partitions("user_embeddings", model)
     before_days = [shift(ds, -i) for i in range(1, POOLED_DAYS)]
-    before = [read_embeddings(lake, model, d, "raw") for d in before_days if d in published]
+    before = [
+        read_embeddings(lake, model, d, "raw")
+        for d in before_days
+        if d in published and published[d].rows and len(ids)
+    ]
     notes = statistics(
         context, ids, raw, before[0] if before and before[0].ds == before_days[0] else None
     )
@@ -76,8 +75,7 @@ def run(context: JobContext) -> None:
     )  # fmt: skip
     _log(context, model, notes)
     print(
-        f"{model} {ds}: {len(ids):,} users published from {champion.id}, "
-        f"coverage {notes['coverage'] if notes['coverage'] is not None else float('nan'):.1%}",
+        f"{model} {ds}: {len(ids):,} users published from {champion.id}, {coverage_text(notes)}",
         flush=True,
     )
 
@@ -147,6 +145,7 @@ def embed(
     import pyarrow as pa
     import torch
 
+    from feature_store.tables import contract
     from jobs.training.loop import Learner, choose_device
 
     torch.set_num_threads(preset.training.threads)
@@ -158,7 +157,8 @@ def embed(
             values.append(found.astype(np.float16))
         ids.append(user_ids)
     if not ids:
-        return pa.array([]), np.empty((0, 0, 0), np.float16)
+        kind = contract(context.dataset, users.table).schema.field("user_id").type
+        return pa.array([], kind), np.empty((0, 0, 0), np.float16)
     joined = pa.concat_arrays(ids)
     order = pa.compute.sort_indices(joined)
     return joined.take(order), np.concatenate(values)[order.to_numpy()]
@@ -213,9 +213,9 @@ def statistics(
     notes: dict[str, Any] = {
         "users": len(ids),
         "coverage": None,
-        "norm_mean": float(norms.mean()),
-        "norm_min": float(norms.min()),
-        "norm_max": float(norms.max()),
+        "norm_mean": float(norms.mean()) if len(norms) else None,
+        "norm_min": float(norms.min()) if len(norms) else None,
+        "norm_max": float(norms.max()) if len(norms) else None,
         "common_users": 0,
         "cosine": None,
         "l2": None,
@@ -233,6 +233,12 @@ def statistics(
             moved = drift(raw[present], before[present])
             notes |= {k: moved[k] for k in ("cosine", "l2", "l2_relative")}
     return notes
+
+
+def coverage_text(notes: Mapping[str, Any]) -> str:
+    """Whom of the day's impressions it covers, for the log."""
+    found = notes["coverage"]
+    return "no impressions to cover" if found is None else f"coverage {found:.1%}"
 
 
 def pooled_cosine(rows: pa.Table, yesterday: UserEmbeddings) -> float | None:

@@ -111,7 +111,7 @@ def _task(context: JobContext, task: Task) -> dict[str, Any]:
         "arms": [],
         "kind": None,
         "oracle": None,
-        "why_not": "no downstream model was tested: too few matured days with embeddings",
+        "why_not": "no downstream model was trained",
     }
     root = context.settings.downstream_dir(context.dataset.name, task.name)
     results = {
@@ -119,9 +119,10 @@ def _task(context: JobContext, task: Task) -> dict[str, Any]:
         for p in sorted(root.glob(f"*/{RESULT}"))
         if p.parent.name <= context.ds
     }
-    results = {ds: r for ds, r in results.items() if r.get("arms")}
+    reasons = [r["why_not"] for r in results.values() if not r["arms"]]
+    results = {ds: r for ds, r in results.items() if r["arms"]}
     if not results:
-        return found
+        return found | ({"why_not": reasons[-1]} if reasons else {})
     frames = {r["test_day"]: _predictions(root / ds, r) for ds, r in results.items()}
     return found | _compare(context, task, results, frames)
 
@@ -148,23 +149,19 @@ def _compare(
     names = [n for n in newest["arms"] if all(n in f for f in frames.values())]
     rows = pd.concat(frames.values(), ignore_index=True)
     truth = _truth(context, task, sorted(frames), rows)
-    rate = float(rows["base_rate"].mean())
-    differences = _differences(rows, names, rate)
+    differences = _differences(rows, names)
     arms = [
         {
             "name": name,
             "title": newest["arms"][name]["title"],
-            **_metrics(rows, rows[name], rate),
+            **_metrics(rows, rows[name]),
             "to_context": differences.get((name, CONTEXT_ARM)),
             "to_aggregates": differences.get((name, AGGREGATES_ARM)),
-            "by_day": {
-                day: _metrics(f, f[name], float(f["base_rate"].iloc[0]))["ne"]
-                for day, f in frames.items()
-            },
+            "by_day": {day: _metrics(f, f[name])["ne"] for day, f in frames.items()},
         }
         for name in names
     ]
-    oracle = None if truth is None else _metrics(rows, truth, rate)
+    oracle = None if truth is None else _metrics(rows, truth)
     for arm in arms:
         arm["attainable"] = None if oracle is None else _share(arm["ne"], oracle["ne"])
         arm["best"] = arm["ne"] is not None and arm["ne"] == min(
@@ -175,7 +172,7 @@ def _compare(
         "days": sorted(frames),
         "targets": len(rows),
         "users": int(rows["user_id"].nunique()),
-        "base_rate": rate,
+        "base_rate": float(rows["base_rate"].mean()),
         "test_rate": float(rows["label"].mean()),
         "train_days": newest["train_days"],
         "users_share": newest["users_share"],
@@ -196,10 +193,13 @@ def _compare(
     }
 
 
-def _metrics(rows: pd.DataFrame, predictions: pd.Series, rate: float) -> dict[str, float | None]:
+def _metrics(rows: pd.DataFrame, predictions: pd.Series) -> dict[str, float | None]:
+    """Of `rows` with `label` and `base_rate`: each row's NE is against the rate of its own day's model."""
     from models import metrics
 
-    found = metrics.summary(rows["label"].to_numpy(), predictions.to_numpy(), rate)
+    found = metrics.summary(
+        rows["label"].to_numpy(), predictions.to_numpy(), rows["base_rate"].to_numpy()
+    )
     return {
         name: metrics.finite_or_none(found[key])
         for name, key in (
@@ -219,7 +219,7 @@ def _share(ne: float | None, oracle_ne: float | None) -> float | None:
 
 
 def _differences(
-    rows: pd.DataFrame, arms: Sequence[str], rate: float
+    rows: pd.DataFrame, arms: Sequence[str]
 ) -> dict[tuple[str, str], dict[str, float]]:
     """NE of each arm minus that of the two it is compared with, with intervals, by (arm, other)."""
     from models import metrics
@@ -230,7 +230,9 @@ def _differences(
         for arm in arms
         if arm != other and other in rows
     }
-    found = metrics.bootstrap_ne_differences(rows["label"], pairs, rows["user_id"], rate)
+    found = metrics.bootstrap_ne_differences(
+        rows["label"], pairs, rows["user_id"], rows["base_rate"]
+    )
     return {pair: asdict(i) for pair, i in found.items() if isfinite(i.mean)}
 
 
@@ -268,8 +270,10 @@ def _upstream(
                 for ds, r in days.items()
                 if task.name in r["evaluation"]
             }
+            why_not = [f["why_not"] for f in found.values() if f["why_not"]]
             found = {ds: f for ds, f in found.items() if f["ne"] is not None}
             if not found:
+                table.append(_no_ne(model, task, why_not))
                 continue
             by_day[task.name][model] = [(f["shown_ds"], f["ne"]) for f in found.values()]
             frames = []
@@ -278,11 +282,10 @@ def _upstream(
                 frame = pd.read_parquet(path, filters=[("task", "==", task.name)])
                 frames.append(frame.assign(base_rate=values["base_rate"]))
             rows = pd.concat(frames, ignore_index=True)
-            rate = float(rows["base_rate"].mean())
             shown = [f["shown_ds"] for f in found.values()]
             truth = _truth(context, task, shown, rows)
-            oracle = None if truth is None else _metrics(rows, truth, rate)["ne"]
-            mine = _metrics(rows, rows["prediction"], rate)
+            oracle = None if truth is None else _metrics(rows, truth)["ne"]
+            mine = _metrics(rows, rows["prediction"])
             table.append(
                 {
                     "model": model,
@@ -291,9 +294,17 @@ def _upstream(
                     **mine,
                     "oracle_ne": oracle,
                     "attainable": _share(mine["ne"], oracle),
+                    "why_not": None,
                 }
             )
     return table, {task: models for task, models in by_day.items() if models}
+
+
+def _no_ne(model: str, task: Task, why_not: Sequence[str]) -> dict[str, Any]:
+    """The line of a task that a model has no NE for on any day; `why_not` of the days that had labels."""
+    empty = dict.fromkeys(("ne", "ne_shifted", "auc", "calibration", "oracle_ne", "attainable"))
+    reason = why_not[-1] if why_not else "no labels of what was shown since the first model"
+    return {"model": model, "task": task.name, "days": 0, **empty, "why_not": reason}
 
 
 def _model_days(context: JobContext, model: str) -> dict[str, dict[str, Any]]:
@@ -309,10 +320,13 @@ def _gates(context: JobContext) -> list[dict[str, Any]]:
             "model": model,
             "ds": ds,
             "champion": r["champion"],
-            "accepted": r["gate"]["accepted"],
+            "verdict": r["gate"]["verdict"],
             "reason": r["gate"]["reason"],
             "candidate_ne": r["gate"]["ne"]["candidate"],
             "champion_ne": r["gate"]["ne"]["champion"],
+            "difference": r["gate"]["difference"],
+            "trained_on": r["trained_on"],
+            "lost": r["lost"],
             "targets": r["training"]["targets"],
             "rate": r["training"]["targets_per_second"],
         }
@@ -344,16 +358,8 @@ def _embeddings(partitions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 def _stages(dataset: Dataset, partitions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows, bytes and seconds of each table, in the order in which a day builds them."""
-    order = [
-        "events",
-        "impressions",
-        "truth",
-        "sequences",
-        "aggregates",
-        "item_aggregates",
-        "examples",
-        "labels",
-    ]
+    order = ["events", "impressions", "truth", "sequences", "aggregates", "item_aggregates"]
+    order += ["examples", "labels"]
     names = [n for n in order if n in contracts(dataset)] + ["user_embeddings"]
     found = []
     for name in names:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.text import days_text, interval, number, percent
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
@@ -14,26 +16,9 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """`value` with that many digits; a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def percent(value: float | None) -> str:
-    """`value` as a percentage; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def interval(value: Mapping[str, float] | None, digits: int = 4) -> str:
-    """A difference with its interval; a dash where there is none."""
-    if value is None:
-        return "–"
-    return f"{value['mean']:+.{digits}f} [{value['low']:+.{digits}f}, {value['high']:+.{digits}f}]"
-
-
-def days_text(days: Sequence[str]) -> str:
-    """The first and the last day."""
-    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+def difference(arm: Mapping[str, Any], other: str) -> str:
+    """NE of an arm less that of `other`, with its interval; nothing of an arm to itself."""
+    return "" if arm["name"] == other else interval(arm[f"to_{other}"])
 
 
 def svg(figure: Figure) -> str:
@@ -59,7 +44,7 @@ def arms_figure(task: Mapping[str, Any]) -> Figure:
         values = [arm["by_day"].get(day) for day in days]
         axes.plot(days, values, marker="o", markersize=4, label=arm["title"])
     axes.axhline(1.0, color="gray", linestyle="--", linewidth=1, label="base rate")
-    if task["oracle"]:
+    if task["oracle"] and task["oracle"]["ne"] is not None:
         axes.axhline(task["oracle"]["ne"], color="black", linestyle=":", linewidth=1, label="truth")
     axes.set_ylabel("NE (lower is better)")
     axes.tick_params(axis="x", labelsize=8, rotation=30)
@@ -110,7 +95,9 @@ def html(report: Mapping[str, Any]) -> str:
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(num=number, percent=percent, interval=interval, days_text=days_text)
+    environment.globals.update(
+        num=number, percent=percent, interval=interval, difference=difference, days_text=days_text
+    )
     page = dict(report)
     page["tasks"] = [
         {**t, "figure": Markup(svg(arms_figure(t))) if t["arms"] else ""} for t in report["tasks"]
@@ -148,9 +135,9 @@ def terminal(report: Mapping[str, Any]) -> list[Table]:
             table.add_column("attainable", justify="right")
         for arm in task["arms"]:
             row = [arm["title"], number(arm["ne"]), number(arm["auc"], 3)]
-            row += [interval(arm["to_context"]), interval(arm["to_aggregates"])]
+            row += [difference(arm, "context"), difference(arm, "aggregates")]
             if task["oracle"]:
-                row.append(percent(arm["attainable"]))
+                row.append(percent(arm["attainable"], missing="–"))
             table.add_row(*row, style="bold" if arm["best"] else None)
         tables.append(table)
     return tables

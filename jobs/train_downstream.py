@@ -4,13 +4,15 @@ Trains on the last matured days, each with the embeddings published the day befo
 the newest matured day. Arms differ in their inputs only. Written:
 
     <home>/downstream/<dataset>/<task>/<ds>/
-        result.json           metrics, differences with intervals, importance, of every arm
+        result.json           metrics, differences with intervals, importance, of every arm; where nothing
+                              could be compared, no arms, and in why_not the reason
         predictions.parquet   user_id, target_id, label, domain, held_out, and one column per arm
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from feature_store.days import shift
 from feature_store.spec import Dataset, Task
 from jobs.context import JobContext, main
+from jobs.text import number
 
 if TYPE_CHECKING:
     from feature_store.lake import Lake
@@ -48,7 +51,7 @@ def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str) -> Days:
         return (
             shift(shown, task.matures_after) in labels
             and shown in examples
-            and all(shift(shown, -1) in p for p in published)
+            and all(shift(shown, -1) in p and p[shift(shown, -1)].rows for p in published)
         )
 
     test = shift(ds, -task.matures_after)
@@ -63,33 +66,49 @@ def run(context: JobContext) -> None:
     task = context.require_task()
     days = choose_days(context.lake, context.dataset, task, context.ds)
     if days.test is None or len(days.training) < MIN_TRAIN_DAYS:
-        print(
-            f"{task.name} {context.ds}: not enough days yet with labels and embeddings (needs a test "
-            f"day and {MIN_TRAIN_DAYS} before it, has {'a' if days.test else 'no'} test day and "
-            f"{len(days.training)})",
-            flush=True,
+        result = _nothing(
+            context,
+            task,
+            f"not enough days yet with labels and embeddings (needs a test day and {MIN_TRAIN_DAYS} "
+            f"before it, has {'a' if days.test else 'no'} test day and {len(days.training)})",
         )
-        return
-    result = compare(context, task, days.test, days.training)
-    if result is None:
-        print(f"{task.name} {context.ds}: no label to train or to test on", flush=True)
-        return
+    else:
+        result = compare(context, task, days.test, days.training)
+    if not result["arms"]:
+        print(f"{task.name} {context.ds}: {result['why_not']}", flush=True)
     for name, arm in result["arms"].items():
         print(
-            f"{task.name} {context.ds}: {name:22} NE {_text(arm['ne'])} AUC {_text(arm['auc'])}",
+            f"{task.name} {context.ds}: {name:22} NE {number(arm['ne'])} AUC {number(arm['auc'])}",
             flush=True,
         )
 
 
-def _text(value: float | None) -> str:
-    return "  -   " if value is None else f"{value:.4f}"
+def _nothing(context: JobContext, task: Task, why_not: str) -> dict[str, Any]:
+    """The result of a day on which nothing could be compared, written."""
+    result = {
+        "dataset": context.dataset.name, "task": task.name, "ds": context.ds, "arms": {},
+        "why_not": why_not,
+    }  # fmt: skip
+    _write(context, task, result)
+    return result
+
+
+def _folder(context: JobContext, task: Task) -> Path:
+    found = context.settings.downstream_dir(context.dataset.name, task.name) / context.ds
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def _write(context: JobContext, task: Task, result: Mapping[str, Any]) -> None:
+    from jobs.training.checkpoints import write_atomically
+
+    write_atomically(_folder(context, task) / RESULT, json.dumps(result, indent=1).encode())
 
 
 def compare(
     context: JobContext, task: Task, test_day: str, train_days: tuple[str, ...]
-) -> dict[str, Any] | None:
-    """Train and test every arm, write the result, log it. None where there are no labels."""
-    from jobs.training.checkpoints import write_atomically
+) -> dict[str, Any]:
+    """Train and test every arm, write the result, log it. Without arms where there are too few labels."""
     from jobs.training.config import to_plain
     from jobs.training.downstream import Comparison, arms
     from jobs.training.ids import seed_of
@@ -102,7 +121,8 @@ def compare(
     training, train_share = _load(context, task, train_days, config, inputs, snapshots, test=False)
     test, test_share = _load(context, task, (test_day,), config, inputs, snapshots, test=True)
     if not training or not test:
-        return None
+        empty = "on the days trained on" if not training else f"on the test day {test_day}"
+        return _nothing(context, task, f"no label {empty}")
     comparison = Comparison(
         dataset=dataset,
         task=task,
@@ -112,7 +132,10 @@ def compare(
         seed=seed_of("downstream", dataset.name, task.name, context.ds),
     )
     if not 0 < comparison.base_rate() < 1:
-        return None
+        answer = int(comparison.base_rate())
+        return _nothing(
+            context, task, f"every label trained on is {answer}: there is nothing to tell apart"
+        )
     chosen = arms(dataset.models)
     found, scored = comparison.run(chosen)
     result = {
@@ -134,10 +157,8 @@ def compare(
         "config": to_plain(config),
         "inputs": inputs,
     }
-    where = context.settings.downstream_dir(dataset.name, task.name) / context.ds
-    where.mkdir(parents=True, exist_ok=True)
-    write_predictions(dataset, scored, where / PREDICTIONS)
-    write_atomically(where / RESULT, json.dumps(result, indent=1).encode())
+    write_predictions(dataset, scored, _folder(context, task) / PREDICTIONS)
+    _write(context, task, result)
     _log(context, task, result, scored)
     return result
 

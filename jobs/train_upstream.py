@@ -2,9 +2,11 @@
 
 *Evaluate*: the labels that became final on `ds` judge the snapshot that was live when their targets
 were shown, before anything is trained on them (progressive validation). *Train*: from the champion
-of the day before, one pass over the same labels without the held-out users. *Gate*: the candidate
+of the day before, one pass over the same labels without the held-out users; and over those of the
+days before whose candidates were rejected, so that no day is lost to the model. *Gate*: the candidate
 against that champion on the held-out users; where it is rejected, that champion stays the champion
-of `ds`. Running a day again gives the same snapshot and the same champion.
+of `ds`. Where they are too few the candidate is not judged, and becomes champion. Running a day again
+gives the same snapshot and the same champion.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feature_store.days import shift
+from feature_store.days import day_range, shift
+from feature_store.errors import QualityError
 from feature_store.spec import Dataset
 from jobs.context import JobContext, main
+from jobs.text import number
 
 if TYPE_CHECKING:
+    from feature_store.lake import Lake
     from jobs.training.checkpoints import Checkpoints, Snapshot
-    from jobs.training.loader import LabelledDay
+    from jobs.training.loader import LabelledDay, Shown
     from jobs.training.loop import Learner, Progress, Scored
     from jobs.training.presets import Preset
 
@@ -33,14 +38,19 @@ def run(context: JobContext) -> None:
 
     Raises:
         MissingPartitionError: labels or examples of the day have not been written.
+        QualityError: the first candidate diverged, and there is no champion that could stay.
     """
+    from jobs.training.checkpoints import Checkpoints
     from jobs.training.loader import labelled_day
     from jobs.training.presets import preset
 
-    model = context.require_model()
-    chosen = preset(context.dataset, model)
-    day = labelled_day(context.lake, context.dataset, context.ds)
-    trainer = UpstreamDay(context=context, model=model, preset=chosen, day=day)
+    model, dataset, ds = context.require_model(), context.dataset, context.ds
+    chosen = preset(dataset, model)
+    root = context.settings.snapshot_dir(dataset.name, model, ds).parent
+    missed = untrained(context.lake, Checkpoints(root).newest_champion(shift(ds, -1)), ds)
+    lost = missed[: -chosen.training.catch_up_days or None]
+    day = labelled_day(context.lake, dataset, ds, also=missed[len(lost) :])
+    trainer = UpstreamDay(context=context, model=model, preset=chosen, day=day, lost=tuple(lost))
     result = trainer.run()
     from jobs.training.upstream_run import log_day
 
@@ -48,20 +58,32 @@ def run(context: JobContext) -> None:
     print(summary(result), flush=True)
 
 
+def untrained(lake: Lake, parent: Snapshot | None, ds: str) -> list[str]:
+    """Days before `ds` that have labels which the parent was not trained on, ascending: their candidates
+    were rejected."""
+    if parent is None:
+        return []
+    known = lake.partitions("labels")
+    return [day for day in day_range(shift(parent.ds, 1), shift(ds, -1)) if day in known]
+
+
 def summary(result: dict[str, Any]) -> str:
     """One line for the log."""
     parts = [f"{result['model']} {result['ds']}"]
     for task, found in result["evaluation"].items():
-        if found["ne"] is not None:
-            parts.append(f"{task} NE {found['ne']:.4f} AUC {found['auc'] or float('nan'):.3f}")
+        if found["why_not"]:
+            parts.append(f"{task} no NE ({found['why_not']})")
+        else:
+            parts.append(f"{task} NE {number(found['ne'])} AUC {number(found['auc'], 3)}")
     trained = result["training"]
     parts.append(f"{trained['targets']} targets in {trained['seconds']:.1f} s")
+    if len(result["trained_on"]) > 1:
+        parts.append(f"labels of {', '.join(result['trained_on'])}, as no champion knew them")
+    if result["lost"]:
+        parts.append(f"labels of {', '.join(result['lost'])} are lost to the model")
     gate = result["gate"]
-    parts.append(
-        "champion "
-        + result["champion"]
-        + ("" if gate["accepted"] else f" (rejected: {gate['reason']})")
-    )
+    reason = f": {gate['reason']}" if gate["reason"] else ""
+    parts.append(f"champion {result['champion']} (candidate {gate['verdict']}{reason})")
     return ", ".join(parts)
 
 
@@ -73,7 +95,9 @@ class UpstreamDay:
         context: of the job.
         model: its name.
         preset: its configuration.
-        day: labels and examples, at pinned versions.
+        day: labels and examples, at pinned versions; beside its own labels, those of earlier days that
+            are trained on too.
+        lost: earlier days whose labels no champion was trained on, and that are not read either.
         parents: where the parent snapshot is, if not where the new one goes.
     """
 
@@ -81,6 +105,7 @@ class UpstreamDay:
     model: str
     preset: Preset
     day: LabelledDay
+    lost: tuple[str, ...] = ()
     parents: Checkpoints | None = None
 
     @property
@@ -97,17 +122,28 @@ class UpstreamDay:
         return Checkpoints(root.parent)
 
     def run(self) -> dict[str, Any]:
-        """The three steps; the day's result, which is also kept as `result.json`."""
+        """The three steps; the day's result, which is also kept as `result.json`.
+
+        Raises:
+            QualityError: the candidate is rejected, and there is no champion that could stay.
+        """
         from jobs.training.checkpoints import write_atomically
+        from jobs.training.judge import Verdict
 
         checkpoints, ds = self.checkpoints, self.context.ds
         learner = self.learner()
         parent = checkpoints.newest_champion(shift(ds, -1))
         evaluation, scored = self.evaluate(learner)
         candidate, progress = self.train(learner, parent)
-        gate = self.gate(learner, candidate, parent)
-        champion = candidate if gate["accepted"] or parent is None else parent
-        checkpoints.set_champion(ds, champion.id, accepted=gate["accepted"], candidate=candidate.id)
+        gate = self.gate(candidate, parent)
+        rejected = gate["verdict"] == Verdict.REJECTED
+        if rejected and parent is None:
+            raise QualityError(
+                f"{candidate.id} is the first of {self.model}: {gate['reason']}; look at what {ds} holds, "
+                "and at the model's learning rate"
+            )
+        champion = parent if rejected and parent else candidate
+        checkpoints.set_champion(ds, champion.id, verdict=gate["verdict"], candidate=candidate.id)
         folder = checkpoints.day(ds)
         write_evaluation(self.dataset, scored, folder / EVALUATION)
         result = {
@@ -116,6 +152,8 @@ class UpstreamDay:
             "ds": ds,
             "evaluation": evaluation,
             "training": progress,
+            "trained_on": self.day.final_days,
+            "lost": list(self.lost),
             "gate": gate,
             "candidate": candidate.id,
             "champion": champion.id,
@@ -137,13 +175,13 @@ class UpstreamDay:
         torch.manual_seed(seed_of("init", self.dataset.name, self.model))
         return Learner(self.dataset, self.preset, device)
 
-    def _rows(self, users: str, shown: tuple | None = None, **more: Any) -> Any:
+    def _rows(self, users: str, shown: tuple[Shown, ...], **more: Any) -> Any:
         from jobs.training.loader import Users, labelled_rows
 
         return labelled_rows(
             self.context.lake,
             self.dataset,
-            self.day.shown if shown is None else shown,
+            shown,
             users=Users(users),
             history=self.preset.history,
             user_features=self.preset.user_features,
@@ -159,7 +197,7 @@ class UpstreamDay:
 
         found: dict[str, Any] = {}
         parts = []
-        for shown in self.day.shown:
+        for shown in self.day.today:
             live = self.checkpoints.newest_champion(shift(shown.ds, -1))
             if live is None:  # shown before the first model
                 continue
@@ -260,32 +298,33 @@ class UpstreamDay:
 
     # ---- gate
 
-    def gate(
-        self, learner: Learner, candidate: Snapshot, champion: Snapshot | None
-    ) -> dict[str, Any]:
-        """Whether the candidate may publish: NE and embedding drift on the held-out users.
+    def gate(self, candidate: Snapshot, champion: Snapshot | None) -> dict[str, Any]:
+        """Whether the candidate may publish: NE and embedding drift on the held-out users, whose rows are
+        decoded once.
 
         A model of one domain is judged by the labels of that domain.
         """
-        from jobs.training.judge import decide, drift, task_metrics
-        from jobs.training.loop import embeddings_of, score
+        from jobs.training.judge import decide, drift
+        from jobs.training.loop import score_and_embed
 
-        limits = self.preset.training.inference
-        sides: dict[str, Any] = {}
-        embeddings: dict[str, Any] = {}
-        rates = candidate.base_rates()
+        learners: dict[str, Learner] = {}
         for side, snapshot in (("candidate", candidate), ("champion", champion)):
-            if snapshot is None:
-                continue
-            learner.load(self.checkpoints.load(snapshot.id))
-            scored = score(self.dataset, learner, self._rows("held_out", limits=limits), limits)
-            if learner.domain is not None:
-                scored = scored.where(scored.domain == learner.domain)
-            sides[side] = task_metrics(self.dataset, scored, rates, domains=False)
-            decoded = self._rows("held_out", limits=limits)
-            embeddings[side] = embeddings_of(learner, decoded, limits)[1]
+            if snapshot is not None:
+                learners[side] = self.learner()
+                learners[side].load(self.checkpoints.load(snapshot.id))
+        limits = self.preset.training.inference
+        rows = self._rows("held_out", self.day.today, limits=limits)
+        scored, embeddings = {}, {}
+        for side, found in score_and_embed(self.dataset, learners, rows, limits).items():
+            scored[side], embeddings[side] = found
+            domain = learners[side].domain
+            if domain is not None:
+                scored[side] = scored[side].where(scored[side].domain == domain)
         moved = drift(embeddings["candidate"], embeddings.get("champion"))
-        return decide(sides["candidate"], sides.get("champion"), moved, self.preset.gate)
+        return decide(
+            self.dataset, scored["candidate"], scored.get("champion"), candidate.base_rates(),
+            moved, self.preset.gate,
+        )  # fmt: skip
 
 
 def _label_counts(

@@ -4,15 +4,19 @@ Predictions are probabilities. Where a metric does not exist (no rows, one class
 of 0 or 1) or where a prediction is NaN, the answer is NaN and never an exception: a day without a
 conversion is not an error. Whoever logs a metric skips NaN.
 
-Normalized entropy is NE = mean logloss / H(p), with H the entropy of the *training* base rate p
-(He et al., 2014, section 3): 1 is the best constant, lower is better.
+Normalized entropy is NE = logloss of the model / logloss of the constant at the *training* base rate,
+on the same rows: on any day 1 is what the base rate gets, and lower is better. He et al. (2014,
+section 3) divide by the entropy of the background CTR, which is the mean logloss of the constant at the
+rows' own rate. The two agree where training and test have one rate; where the rate has moved, by theirs
+the base rate itself is not 1. The shifted NE has taken the move out, and divides by the entropy of the
+rows' own rate, as they do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +25,7 @@ Array = NDArray[np.float64]
 Name = TypeVar("Name")
 
 _EPSILON = 1e-7  # float32 probabilities of exactly 0 or 1 would make the logloss infinite
+_MIN_USERS = 2  # of a bootstrap: one user drawn again and again is no interval
 
 
 def row_logloss(labels: ArrayLike, predictions: ArrayLike) -> Array:
@@ -30,9 +35,28 @@ def row_logloss(labels: ArrayLike, predictions: ArrayLike) -> Array:
     return -(y * np.log(p) + (1 - y) * np.log1p(-p))
 
 
+def row_base_logloss(labels: ArrayLike, base_rate: ArrayLike | None) -> Array:
+    """Logloss of each row by the constant at the base rate: what an NE divides by.
+
+    Args:
+        labels: (n,).
+        base_rate: (), or (n,) where rows were predicted by models of several trainings.
+
+    Returns:
+        (n,); NaN unless 0 < rate < 1.
+    """
+    y = np.asarray(labels, dtype=np.float64)
+    rate = np.asarray(np.nan if base_rate is None else base_rate, dtype=np.float64)
+    known = np.where((rate > 0) & (rate < 1), rate, np.nan)
+    return row_logloss(y, np.broadcast_to(known, y.shape))
+
+
 def logloss(labels: ArrayLike, predictions: ArrayLike) -> float:
     """Mean logloss in nats; NaN without rows."""
-    rows = row_logloss(labels, predictions)
+    return _mean(row_logloss(labels, predictions))
+
+
+def _mean(rows: Array) -> float:
     return float(rows.mean()) if rows.size else float("nan")
 
 
@@ -43,9 +67,20 @@ def entropy(rate: float) -> float:
     return float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
 
 
-def normalized_entropy(labels: ArrayLike, predictions: ArrayLike, base_rate: float) -> float:
-    """Mean logloss over the entropy of the training base rate."""
-    return logloss(labels, predictions) / entropy(base_rate)
+def normalized_entropy(
+    labels: ArrayLike, predictions: ArrayLike, base_rate: ArrayLike | None
+) -> float:
+    """Logloss over that of the constant at the training base rate, as `row_base_logloss` takes it."""
+    return logloss(labels, predictions) / _mean(row_base_logloss(labels, base_rate))
+
+
+def why_no_ne(labels: ArrayLike, base_rate: float | None) -> str | None:
+    """Why there is no NE, for people; None where there is one."""
+    if not np.size(labels):
+        return "no labels"
+    if base_rate is None or not 0 < base_rate < 1:
+        return "no base rate: it was trained on no labels, or on those of one answer only"
+    return None
 
 
 def logits(predictions: ArrayLike) -> Array:
@@ -70,11 +105,10 @@ def shift_intercept(labels: ArrayLike, predictions: ArrayLike) -> Array:
     return _sigmoid(x + (low + high) / 2)
 
 
-def shifted_normalized_entropy(
-    labels: ArrayLike, predictions: ArrayLike, base_rate: float
-) -> float:
-    """NE after an intercept shift; `base_rate` is the training one as in NE."""
-    return normalized_entropy(labels, shift_intercept(labels, predictions), base_rate)
+def shifted_normalized_entropy(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Logloss after an intercept shift over the entropy of these labels' own rate; NaN of one class."""
+    y = np.asarray(labels, dtype=np.float64)
+    return logloss(y, shift_intercept(y, predictions)) / entropy(_mean(y))
 
 
 def _sigmoid(x: Array) -> Array:
@@ -161,7 +195,10 @@ def calibration_curve(
 
 
 def summary(
-    labels: ArrayLike, predictions: ArrayLike, base_rate: float, users: ArrayLike | None = None
+    labels: ArrayLike,
+    predictions: ArrayLike,
+    base_rate: ArrayLike | None,
+    users: ArrayLike | None = None,
 ) -> dict[str, float]:
     """Every metric of one task: rows, positives, logloss, ne, shifted_ne, auc, gauc, calibration."""
     found = {
@@ -169,7 +206,7 @@ def summary(
         "positives": float(np.sum(labels)),
         "logloss": logloss(labels, predictions),
         "ne": normalized_entropy(labels, predictions, base_rate),
-        "shifted_ne": shifted_normalized_entropy(labels, predictions, base_rate),
+        "shifted_ne": shifted_normalized_entropy(labels, predictions),
         "auc": auc(labels, predictions),
         "calibration": calibration(labels, predictions),
     }
@@ -185,36 +222,31 @@ def finite_or_none(value: float) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A difference with its bootstrap interval; all NaN where there is nothing to compare."""
+    """A difference with its bootstrap interval; all NaN where too little is there to compare."""
 
     mean: float
     low: float
     high: float
 
 
-def bootstrap_means(sums: np.ndarray, rows: np.ndarray, *, samples: int, seed: int) -> np.ndarray:
-    """Means over rows, where users are drawn with replacement, each with all of its rows.
+_NO_INTERVAL = Interval(mean=float("nan"), low=float("nan"), high=float("nan"))
 
-    Args:
-        sums: (users, k) float64, of k quantities over a user's rows.
-        rows: (users, k) or (users, 1) float64, how many these are.
 
-    Returns:
-        (samples, k) float64.
-    """
-    rng, users = np.random.default_rng(seed), len(rows)
-    draws = np.empty((samples, sums.shape[1]))
-    for i in range(samples):
-        weight = np.bincount(rng.integers(users, size=users), minlength=users)
-        draws[i] = (weight @ sums) / (weight @ rows)
-    return draws
+class Paired(NamedTuple):
+    """Predictions and a baseline of the same n rows, in one order; `base_rate` as in `row_base_logloss`."""
+
+    labels: ArrayLike
+    predictions: ArrayLike
+    baseline: ArrayLike
+    users: ArrayLike
+    base_rate: ArrayLike | None
 
 
 def bootstrap_ne_differences(
     labels: ArrayLike,
     pairs: Mapping[Name, tuple[ArrayLike, ArrayLike]],
     users: ArrayLike,
-    base_rate: float,
+    base_rate: ArrayLike | None,
     *,
     samples: int = 1000,
     confidence: float = 0.95,
@@ -223,35 +255,86 @@ def bootstrap_ne_differences(
     """NE of predictions minus NE of a baseline on the same rows, for each pair: negative is better.
 
     A paired bootstrap that draws users and not rows, since the rows of one user are not
-    independent. Each user is reduced to the sums of its loss differences and its rows, so a sample
-    costs the users and not the rows; and all pairs share the samples, which cost the most.
+    independent; what the NE divides by is drawn with them. Each user is reduced to sums over its
+    rows, so a sample costs the users and not the rows; and all pairs share the samples.
 
     Args:
         pairs: name -> (predictions, baseline).
+        base_rate: as in `row_base_logloss`.
 
     Returns:
-        By name, the observed difference and the percentile interval at `confidence`.
+        By name, the observed difference and the percentile interval at `confidence`; NaN of fewer than
+        two users.
     """
-    h, nan = entropy(base_rate), float("nan")
-    found = {name: Interval(mean=nan, low=nan, high=nan) for name in pairs}
-    rows_lost = {
+    found: dict[Name, Interval] = dict.fromkeys(pairs, _NO_INTERVAL)
+    base = row_base_logloss(labels, base_rate)
+    known, user = np.unique(np.asarray(users), return_inverse=True)
+    if len(known) < _MIN_USERS or np.isnan(base).any():
+        return found
+    lost = {
         name: row_logloss(labels, predictions) - row_logloss(labels, baseline)
         for name, (predictions, baseline) in pairs.items()
     }
-    usable = {n: d for n, d in rows_lost.items() if d.size and not np.isnan(d).any()}
-    if not usable or np.isnan(h):
+    usable = {name: rows for name, rows in lost.items() if not np.isnan(rows).any()}
+    if not usable:
         return found
-    _, user = np.unique(np.asarray(users), return_inverse=True)
-    rows = np.bincount(user).astype(np.float64)
-    sums = np.stack([np.bincount(user, weights=d) for d in usable.values()], axis=1)
-    draws = bootstrap_means(sums, rows[:, None], samples=samples, seed=seed) / h
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
-    for i, (name, difference) in enumerate(usable.items()):
-        found[name] = Interval(
-            mean=float(difference.mean() / h), low=float(low[i]), high=float(high[i])
-        )
+    sums = np.stack([np.bincount(user, weights=rows) for rows in usable.values()], axis=1)
+    bases = np.bincount(user, weights=base)[:, None]
+    draws = _bootstrap_ratios(sums, bases, samples=samples, seed=seed)
+    for i, (name, observed) in enumerate(zip(usable, sums.sum(0) / bases.sum(), strict=True)):
+        found[name] = _interval(float(observed), draws[:, i], confidence)
     return found
+
+
+def bootstrap_mean_ne_difference(
+    pairs: Sequence[Paired], *, samples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """NE of predictions minus NE of their baseline, averaged over the pairs, each counting alike.
+
+    As in `bootstrap_ne_differences`; a user is drawn in all pairs at once, since tasks and seeds share
+    users.
+    """
+    if not pairs:
+        return _NO_INTERVAL
+    known, place = np.unique(
+        np.concatenate([np.asarray(p.users) for p in pairs]), return_inverse=True
+    )
+    lost = [row_logloss(p.labels, p.predictions) - row_logloss(p.labels, p.baseline) for p in pairs]
+    base = [row_base_logloss(p.labels, p.base_rate) for p in pairs]
+    usable = all(b.size and np.isfinite(x).all() and np.isfinite(b).all()
+                 for x, b in zip(lost, base, strict=True))  # fmt: skip
+    if len(known) < _MIN_USERS or not usable:
+        return _NO_INTERVAL
+    user, n = np.split(place, np.cumsum([b.size for b in base])[:-1]), len(known)
+
+    def by_user(rows: Sequence[Array]) -> Array:
+        found = [np.bincount(u, weights=x, minlength=n) for u, x in zip(user, rows, strict=True)]
+        return np.stack(found, axis=1)
+
+    sums, bases = by_user(lost), by_user(base)
+    draws = _bootstrap_ratios(sums, bases, samples=samples, seed=seed).mean(axis=1)
+    return _interval(float((sums.sum(0) / bases.sum(0)).mean()), draws, confidence)
+
+
+def _bootstrap_ratios(above: np.ndarray, below: np.ndarray, *, samples: int, seed: int) -> Array:
+    """(samples, k): sums of `above` (users, k) over sums of `below` (users, k or 1), users drawn with
+    replacement; NaN where none was drawn that has anything below."""
+    rng, users = np.random.default_rng(seed), len(below)
+    draws = np.empty((samples, above.shape[1]))
+    for i in range(samples):
+        weight = np.bincount(rng.integers(users, size=users), minlength=users)
+        with np.errstate(invalid="ignore"):
+            draws[i] = (weight @ above) / (weight @ below)
+    return draws
+
+
+def _interval(observed: float, draws: Array, confidence: float) -> Interval:
+    """The percentile interval of the draws that exist."""
+    draws = draws[np.isfinite(draws)]
+    if not draws.size:
+        return _NO_INTERVAL
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(mean=observed, low=float(low), high=float(high))
 
 
 @dataclass(frozen=True, kw_only=True)

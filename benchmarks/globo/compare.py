@@ -8,7 +8,7 @@ in HEADWATER_HOME. Each day's rows, each trial and each result is a file under -
 killed at any point goes on when the same is typed again. DIN, DIEN, TransAct and BST are FuxiCTR's
 (https://github.com/reczoo/FuxiCTR), imported from a clone that --fuxictr names.
 
-NE: mean log loss over the entropy of the base rate of the training days. A difference is to the peer
+NE: log loss over that of the constant at the base rate of the training days. A difference is to the peer
 that is best on the validation day, with a paired bootstrap over users. `continue` and `return_24h`
 are tested on as many days as the lake has answers for.
 """

@@ -15,7 +15,7 @@ Each arm and seed is a file under --out and is not trained again. Arms, beside c
     context_<model>     the model's embeddings as served: pooled, of the day before
     aggregates_<model>  both
 
-NE: mean log loss over the entropy of the base rate of the training days. Recovered: the gain of an
+NE: log loss over that of the constant at the base rate of the training days. Recovered: the gain of an
 arm over context and item, as a share of what the aggregates gain. The second table is about lags, in
 training and test alike: raw embeddings of 1, 2 and 3 days before, that of 1 day also as it was before it
 was rounded to the float16 that is published; and of models that read events

@@ -94,9 +94,7 @@ def _of_task(task: str, arms: dict[str, list[Result]]) -> list[Line]:
         arm: {part: _mean(normalized_entropy, of, task, part, rate) for part in PARTS}
         for arm, of in arms.items()
     }
-    shifted = {
-        arm: _mean(shifted_normalized_entropy, of, task, "test", rate) for arm, of in arms.items()
-    }
+    shifted = {arm: _mean(shifted_normalized_entropy, of, task, "test") for arm, of in arms.items()}
 
     def less(arm: str, other: str) -> Interval:
         return difference(arms[arm], "test", arms[other], "test", {task: rate})
@@ -116,9 +114,9 @@ def _of_task(task: str, arms: dict[str, list[Result]]) -> list[Line]:
     ]  # fmt: skip
 
 
-def _mean(metric: Any, results: Sequence[Result], task: str, part: str, rate: float) -> float:
+def _mean(metric: Any, results: Sequence[Result], task: str, part: str, *rate: float) -> float:
     found = [r.predictions.of(task, part) for r in results]
-    return float(np.mean([metric(p.label, p.prediction, rate) for p in found]))
+    return float(np.mean([metric(p.label, p.prediction, *rate) for p in found]))
 
 
 def lag_lines(found: Sequence[Line], lags: Sequence[Lag]) -> list[LagLine]:

@@ -47,6 +47,8 @@ class TrainingConfig:
         shift, shift_weight: the term of the loss that looks back at the parent, and its weight. A
             model's first day has no parent, and no such term.
         threads: of torch on a CPU. Part of the configuration, as sums depend on it in the last bit.
+        catch_up_days: days before its own whose labels a training reads as well, where no champion was
+            trained on them: their candidates were rejected.
         checkpoint_every_s: seconds between checkpoints to resume from.
         limits: of the batches trained on.
         inference: of the batches that are only scored.
@@ -62,6 +64,7 @@ class TrainingConfig:
     shift: Shift = Shift.NONE
     shift_weight: float = 1.0
     threads: int = 1
+    catch_up_days: int = 7
     checkpoint_every_s: float = 300.0
     limits: Limits = field(default_factory=lambda: Limits(max_targets=512))
     inference: Limits = field(default_factory=Limits)
@@ -82,14 +85,20 @@ class GateConfig:
     """What a candidate has to show on the held-out users before it becomes champion.
 
     Args:
-        ne_tolerance: its NE, averaged over tasks, may be above the champion's by this much.
-        min_labels: tasks with fewer held-out labels take no part in that average.
+        ne_tolerance: its NE, averaged over tasks, may be above the champion's by this much: it is rejected
+            where the whole interval of the difference lies above.
+        min_labels, min_users: tasks with fewer held-out labels, or of fewer users, take no part in that
+            average; where none does, the candidate is not judged.
+        confidence, bootstrap_samples: of that interval, a paired bootstrap over users.
         min_cosine: least mean cosine between a user's embeddings by candidate and by champion.
         max_l2: largest mean L2 distance between them, relative to the champion's mean norm.
     """
 
     ne_tolerance: float = 0.01
     min_labels: int = 200
+    min_users: int = 20
+    confidence: float = 0.95
+    bootstrap_samples: int = 1000
     min_cosine: float = 0.0
     max_l2: float = 3.0
 

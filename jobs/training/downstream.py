@@ -17,7 +17,7 @@ from jobs.training.config import DownstreamTraining
 from jobs.training.ids import int64_ids
 from jobs.training.judge import metrics_of
 from jobs.training.loader import Limits, cuts
-from jobs.training.loop import Scored, choose_device, concat, labelled_predictions
+from jobs.training.loop import Scored, choose_device, concat, finite, labelled_predictions
 from jobs.training.rows import Rows
 from models import metrics
 from models.batch import Batch, Sparse
@@ -208,7 +208,7 @@ class Comparison:
             parts.append(
                 labelled_predictions(self.dataset, item.rows, item.lo, item.hi, only, wide)
             )
-        return concat(parts)
+        return finite(concat(parts))
 
     def base_rate(self) -> float:
         """Share of positives among the labels trained on."""

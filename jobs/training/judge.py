@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from enum import StrEnum
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from feature_store.spec import Dataset
+from jobs.text import interval
 from jobs.training.config import GateConfig
 from jobs.training.loop import Scored
 from models import metrics
@@ -15,31 +19,36 @@ from models import metrics
 Metrics = dict[str, Any]
 
 
+class Verdict(StrEnum):
+    """What the gate says of a candidate. One that could not be judged becomes champion."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    NOT_JUDGED = "not judged"
+
+
 def metrics_of(labels: np.ndarray, predictions: np.ndarray, base_rate: float | None) -> Metrics:
-    """NE, AUC, calibration and counts; None where a metric is not defined (one class, no base rate).
+    """NE, AUC, calibration and counts; None where a metric is not defined.
 
     Args:
         labels, predictions: (n,).
         base_rate: share of positives among the labels that the predictions were trained on.
+
+    Returns:
+        ne, shifted_ne, auc, calibration; why_not, in words where there is no NE; labels, positives,
+        base_rate.
     """
-    both = 0 < labels.sum() < len(labels)
-    ne = shifted = None
-    if base_rate is not None and len(labels):
-        ne = metrics.finite_or_none(metrics.normalized_entropy(labels, predictions, base_rate))
-        shifted = metrics.finite_or_none(
-            metrics.shifted_normalized_entropy(labels, predictions, base_rate)
-        )
-    return {
-        "ne": ne,
-        "shifted_ne": shifted,
-        "auc": metrics.finite_or_none(metrics.auc(labels, predictions)) if both else None,
-        "calibration": metrics.finite_or_none(metrics.calibration(labels, predictions))
-        if both
-        else None,
+    found = metrics.summary(labels, predictions, base_rate)
+    defined = {n: metrics.finite_or_none(found[n]) for n in _DEFINED}
+    return defined | {
+        "why_not": metrics.why_no_ne(labels, base_rate),
         "labels": len(labels),
         "positives": int(labels.sum()),
         "base_rate": base_rate,
     }
+
+
+_DEFINED = ("ne", "shifted_ne", "auc", "calibration")
 
 
 def task_metrics(
@@ -69,80 +78,140 @@ def drift(candidate: np.ndarray, champion: np.ndarray | None) -> Metrics:
         candidate, champion: (R, K, D) float, rows aligned.
 
     Returns:
-        users; norm (mean L2 norm of the K*D values by the candidate); cosine (mean); l2 (mean
-        distance); l2_relative (that over the champion's mean norm).
+        users; finite; norm (mean L2 norm of the K*D values by the candidate); cosine (mean); l2 (mean
+        distance); l2_relative (that over the champion's mean norm). None where there is nothing to
+        measure, or nothing to compare with.
     """
-    flat = candidate.reshape(len(candidate), -1).astype(np.float64)
+    flat = _flat(candidate)
     norms = np.linalg.norm(flat, axis=1)
     found: Metrics = {
         "users": len(flat),
         "finite": bool(np.isfinite(flat).all()),
-        "norm": float(norms.mean()) if len(flat) else None,
+        "norm": metrics.finite_or_none(norms.mean()) if len(flat) else None,
         "cosine": None,
         "l2": None,
         "l2_relative": None,
     }
     if champion is None or not len(flat) or champion.shape != candidate.shape:
         return found
-    other = champion.reshape(len(champion), -1).astype(np.float64)
+    other = _flat(champion)
     others = np.linalg.norm(other, axis=1)
     distance = np.linalg.norm(flat - other, axis=1)
     cosine = (flat * other).sum(1) / np.maximum(norms * others, 1e-12)
     return found | {
-        "cosine": float(cosine.mean()),
-        "l2": float(distance.mean()),
-        "l2_relative": float(distance.mean() / max(others.mean(), 1e-12)),
+        "cosine": metrics.finite_or_none(cosine.mean()),
+        "l2": metrics.finite_or_none(distance.mean()),
+        "l2_relative": metrics.finite_or_none(distance.mean() / max(others.mean(), 1e-12)),
     }
+
+
+def _flat(embeddings: np.ndarray) -> np.ndarray:
+    return embeddings.reshape(len(embeddings), prod(embeddings.shape[1:])).astype(np.float64)
 
 
 def decide(
-    candidate: Mapping[str, Metrics],
-    champion: Mapping[str, Metrics] | None,
+    dataset: Dataset,
+    candidate: Scored,
+    champion: Scored | None,
+    base_rates: Mapping[str, float],
     moved: Metrics,
     gate: GateConfig,
-) -> dict[str, Any]:
-    """Whether the candidate is accepted, and why not.
+) -> Metrics:
+    """Whether the candidate is rejected, and why; or that there is too little to judge it by.
+
+    It is rejected where its NE less the champion's, averaged over the tasks that have enough held-out
+    labels, is worse than tolerated: where the whole interval of a paired bootstrap over users lies above
+    `gate.ne_tolerance`. Also where a prediction or an embedding is not a number, or embeddings moved
+    beyond the gate's bounds.
 
     Args:
-        candidate, champion: metrics per task on the same held-out users, by the same base rates.
+        candidate, champion: of the same labels of held-out users, in the same order; None: there is no
+            champion yet.
+        base_rates: by task, for both sides.
         moved: what `drift` found.
-        gate: the bounds.
+
+    Returns:
+        verdict; reason, "" where it is accepted; ne of each side and difference (mean, low, high) over
+        the tasks judged, None where none was; tasks: per task candidate, champion (`metrics_of`), and
+        why_not, None where it was judged; drift.
     """
-    reasons = []
-    if not moved["finite"]:
-        reasons.append("an embedding is not a number")
-    means: dict[str, float | None] = {"candidate": None, "champion": None}
-    if champion is not None:
-        judged = [
-            t
-            for t, found in candidate.items()
-            if found["ne"] is not None
-            and found["labels"] >= gate.min_labels
-            and champion.get(t, {}).get("ne") is not None
-        ]
-        if judged:
-            ours = sum(candidate[t]["ne"] for t in judged) / len(judged)
-            theirs = sum(champion[t]["ne"] for t in judged) / len(judged)
-            means, worse = {"candidate": ours, "champion": theirs}, ours - theirs
-            if worse > gate.ne_tolerance:
-                reasons.append(
-                    f"held-out NE is worse by {worse:.4f}, {gate.ne_tolerance} is tolerated"
-                )
-        if moved["cosine"] is not None and moved["cosine"] < gate.min_cosine:
-            reasons.append(
-                f"embeddings turned: mean cosine {moved['cosine']:.3f} < {gate.min_cosine}"
+    tasks: dict[str, Metrics] = {}
+    pairs = []
+    for index, task in enumerate(dataset.tasks):
+        ours, rate = candidate.where(candidate.task == index), base_rates.get(task.name)
+        why_not = _too_little(ours, rate, gate)
+        tasks[task.name] = {
+            "candidate": metrics_of(ours.label, ours.prediction, rate),
+            "champion": None,
+            "why_not": why_not,
+        }
+        if champion is None:
+            continue
+        theirs = champion.where(champion.task == index)
+        assert np.array_equal(ours.target_id, theirs.target_id)
+        tasks[task.name]["champion"] = metrics_of(theirs.label, theirs.prediction, rate)
+        if why_not is None:
+            pairs.append(
+                metrics.Paired(ours.label, ours.prediction, theirs.prediction, ours.user_id, rate)
             )
-        if moved["l2_relative"] is not None and moved["l2_relative"] > gate.max_l2:
-            reasons.append(
-                f"embeddings moved: L2 {moved['l2_relative']:.2f} of their norm > {gate.max_l2}"
-            )
+    difference = metrics.bootstrap_mean_ne_difference(
+        pairs, samples=gate.bootstrap_samples, confidence=gate.confidence
+    )
+    compared = bool(np.isfinite(difference.mean))
+    reasons = _out_of_bounds(candidate, moved, gate)
+    if compared and difference.low > gate.ne_tolerance:
+        reasons.append(
+            f"held-out NE is worse by {interval(asdict(difference))}, {gate.ne_tolerance} is tolerated"
+        )
+    verdict, reason = Verdict.ACCEPTED, "; ".join(reasons)
+    if reasons:
+        verdict = Verdict.REJECTED
+    elif not compared:
+        verdict, reason = Verdict.NOT_JUDGED, _why_not_judged(champion, tasks)
     return {
-        "accepted": not reasons,
-        "reason": "; ".join(reasons),
-        "ne": means,
-        "tasks": {
-            t: {"candidate": found, "champion": None if champion is None else champion.get(t)}
-            for t, found in candidate.items()
-        },
+        "verdict": verdict,
+        "reason": reason,
+        "ne": {side: _mean_ne(tasks, side) if compared else None for side in _SIDES},
+        "difference": asdict(difference) if compared else None,
+        "tasks": tasks,
         "drift": moved,
     }
+
+
+_SIDES = ("candidate", "champion")
+
+
+def _too_little(held_out: Scored, base_rate: float | None, gate: GateConfig) -> str | None:
+    """Why a task cannot be judged by these labels; None where it can."""
+    labels, users = len(held_out), len(np.unique(held_out.user_id))
+    if labels < gate.min_labels or users < gate.min_users:
+        return f"{labels} labels of {users} held-out users, {gate.min_labels} of {gate.min_users} are needed"
+    if not 0 < held_out.label.sum() < labels:
+        return f"all {labels} held-out labels are {held_out.label[0]}"
+    return metrics.why_no_ne(held_out.label, base_rate)
+
+
+def _why_not_judged(champion: Scored | None, tasks: Mapping[str, Metrics]) -> str:
+    if champion is None:
+        return "no champion is before it"
+    known = (f"{name}: {task['why_not']}" for name, task in tasks.items() if task["why_not"])
+    return "too little to judge by; " + "; ".join(known)
+
+
+def _out_of_bounds(candidate: Scored, moved: Metrics, gate: GateConfig) -> list[str]:
+    found = []
+    if not np.isfinite(candidate.prediction).all():
+        found.append("a prediction is not a number")
+    if not moved["finite"]:
+        found.append("an embedding is not a number")
+    if moved["cosine"] is not None and moved["cosine"] < gate.min_cosine:
+        found.append(f"embeddings turned: mean cosine {moved['cosine']:.3f} < {gate.min_cosine}")
+    if moved["l2_relative"] is not None and moved["l2_relative"] > gate.max_l2:
+        found.append(
+            f"embeddings moved: L2 {moved['l2_relative']:.2f} of their norm > {gate.max_l2}"
+        )
+    return found
+
+
+def _mean_ne(tasks: Mapping[str, Metrics], side: str) -> float:
+    return float(np.mean([t[side]["ne"] for t in tasks.values() if t["why_not"] is None]))

@@ -10,7 +10,7 @@ same order however it was written.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -64,10 +64,11 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """The rows shown on one day, with the labels of theirs that are asked for, and what was counted
-    about pairs of items by then."""
+    """The rows shown on one day, with those of their labels that became final on the day `final`, and what
+    was counted about pairs of items by then."""
 
     ds: str
+    final: str
     version: int
     labels: Labels
     together: CoOccurrences | None = None
@@ -75,7 +76,8 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledDay:
-    """Everything whose labels became final on `ds`, at pinned versions.
+    """Everything whose labels became final on `ds`, or on earlier days that were asked for beside it, at
+    pinned versions.
 
     `inputs` is {"<table>/<ds>": version} of every partition that it reads.
     """
@@ -86,7 +88,22 @@ class LabelledDay:
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Per task: positives and labels, held-out users included."""
-        return {k: v for s in self.shown for k, v in s.labels.counts().items()}
+        found: dict[str, tuple[int, int]] = {}
+        for s in self.shown:
+            for task, (positives, labels) in s.labels.counts().items():
+                before = found.get(task, (0, 0))
+                found[task] = (before[0] + positives, before[1] + labels)
+        return found
+
+    @property
+    def today(self) -> tuple[Shown, ...]:
+        """Of `shown`, what became final on `ds` itself."""
+        return tuple(s for s in self.shown if s.final == self.ds)
+
+    @property
+    def final_days(self) -> list[str]:
+        """The days whose labels are read, ascending."""
+        return _label_days(self.inputs)
 
 
 def share_within(days: Iterable[LabelledDay], task: str, most: int) -> float:
@@ -100,39 +117,50 @@ def labelled_day(
     dataset: Dataset,
     ds: str,
     *,
+    also: Sequence[str] = (),
     tasks: Sequence[str] | None = None,
     inputs: dict[str, int] | None = None,
 ) -> LabelledDay:
     """The labels of `ds` and the examples that they belong to.
 
     Args:
+        also: days before `ds` whose labels are read beside its own.
         tasks: only these; default all.
-        inputs: versions to read at, as an earlier `LabelledDay.inputs` recorded them; default the
-            newest that the ledger knows.
+        inputs: versions to read at, as an earlier `LabelledDay.inputs` recorded them, and with them the
+            days of labels; default the newest that the ledger knows, of `also` and `ds`.
 
     Raises:
         MissingPartitionError: labels, or examples that labels point to, have not been written.
     """
     names = [t.name for t in dataset.tasks] if tasks is None else list(tasks)
-    found = lake.require("labels", [ds]) if inputs is None else inputs
-    used = {f"labels/{ds}": found[f"labels/{ds}"]}
-    columns = ["user_id", "shown_ds", "part", "task", "labels"]
-    table = lake.read("labels", days=[ds], columns=columns, version=used[f"labels/{ds}"])
+    days = [*also, ds] if inputs is None else _label_days(inputs)
+    found = lake.require("labels", days) if inputs is None else inputs
+    used: dict[str, int] = {}
     shown = []
-    for day in sorted({shift(ds, -dataset.task(n).matures_after) for n in names}):
-        mine = [n for n in names if shift(ds, -dataset.task(n).matures_after) == day]
-        rows = table.filter(pc.equal(table["shown_ds"], day))
-        labels = Labels(dataset, rows, tasks=mine)
-        if not labels.tasks:  # before the first day, or a day without targets
-            continue
-        key = f"examples/{day}"
-        used[key] = lake.require("examples", [day])[key] if inputs is None else inputs[key]
-        shown.append(Shown(ds=day, version=used[key], labels=labels))
+    for final in days:
+        key = pin("labels", final)
+        used[key] = found[key]
+        columns = ["user_id", "shown_ds", "part", "task", "labels"]
+        table = lake.read("labels", days=[final], columns=columns, version=used[key])
+        for day in sorted({shift(final, -dataset.task(n).matures_after) for n in names}):
+            mine = [n for n in names if shift(final, -dataset.task(n).matures_after) == day]
+            rows = table.filter(pc.equal(table["shown_ds"], day))
+            labels = Labels(dataset, rows, tasks=mine)
+            if not labels.tasks:  # before the first day, or a day without targets
+                continue
+            key = pin("examples", day)
+            used[key] = lake.require("examples", [day])[key] if inputs is None else inputs[key]
+            shown.append(Shown(ds=day, final=final, version=used[key], labels=labels))
     together = _co_occurrences(lake, dataset, [s.ds for s in shown], inputs)
     if together is not None:
         used |= {pin("item_aggregates", d): version for d, version in together.versions.items()}
         shown = [replace(s, together=together) for s in shown]
     return LabelledDay(ds=ds, shown=tuple(shown), inputs=used)
+
+
+def _label_days(inputs: Mapping[str, int]) -> list[str]:
+    prefix = pin("labels", "")
+    return sorted(key.removeprefix(prefix) for key in inputs if key.startswith(prefix))
 
 
 def _co_occurrences(

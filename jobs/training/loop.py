@@ -389,12 +389,25 @@ def score(dataset: Dataset, learner: Learner, decoded: Iterable[Rows], limits: L
     Raises:
         FloatingPointError: a prediction is not a number.
     """
-    return concat(
-        labelled_predictions(dataset, rows, lo, hi, batch, learner.probabilities(batch).numpy())
-        for rows in decoded
-        for lo, hi in cuts(rows, limits)
-        for batch in [rows.batch(lo, hi)]
+    return finite(
+        concat(
+            labelled_predictions(dataset, rows, lo, hi, batch, learner.probabilities(batch).numpy())
+            for rows in decoded
+            for lo, hi in cuts(rows, limits)
+            for batch in [rows.batch(lo, hi)]
+        )
     )
+
+
+def finite(scored: Scored) -> Scored:
+    """The same.
+
+    Raises:
+        FloatingPointError: a prediction is not a number.
+    """
+    if not np.isfinite(scored.prediction).all():
+        raise FloatingPointError("a prediction is not a number: the model has diverged")
+    return scored
 
 
 def labelled_predictions(
@@ -404,8 +417,6 @@ def labelled_predictions(
     labels = batch.labels.numpy()
     target, task = np.nonzero(labels != NO_LABEL)
     chosen = probabilities[target, task].astype(np.float64)
-    if not np.isfinite(chosen).all():
-        raise FloatingPointError("a prediction is not a number: the model has diverged")
     t0, t1 = rows.target_offsets[lo], rows.target_offsets[hi]
     domain = np.full(batch.targets, -1, np.int64)
     if dataset.domain is not None and dataset.domain in batch.context_ids:
@@ -420,20 +431,22 @@ def labelled_predictions(
     )
 
 
-def embeddings_of(
-    learner: Learner, decoded: Iterable[Rows], limits: Limits
-) -> tuple[np.ndarray, np.ndarray]:
-    """User embeddings of each row: user_id (R,) int64 and embeddings (R, K, D) float32."""
-    users, embeddings = [], []
-    for batch in _batches(decoded, limits):
-        users.append(batch.user_id.numpy())
-        embeddings.append(learner.user_embeddings(batch).numpy())
-    if not users:
-        return np.empty(0, np.int64), np.empty((0, 0, 0), np.float32)
-    return np.concatenate(users), np.concatenate(embeddings)
-
-
-def _batches(decoded: Iterable[Rows], limits: Limits) -> Iterator[Batch]:
+def score_and_embed(
+    dataset: Dataset, learners: Mapping[str, Learner], decoded: Iterable[Rows], limits: Limits
+) -> dict[str, tuple[Scored, np.ndarray]]:
+    """By learner, predictions for every label and user embeddings (R, K, D) float32 of the same rows, which
+    are decoded once. What is not a number is returned as it is: the gate judges it."""
+    scored: dict[str, list[Scored]] = {name: [] for name in learners}
+    embedded: dict[str, list[np.ndarray]] = {name: [] for name in learners}
     for rows in decoded:
         for lo, hi in cuts(rows, limits):
-            yield rows.batch(lo, hi)
+            batch = rows.batch(lo, hi)
+            for name, learner in learners.items():
+                found = learner.probabilities(batch).numpy()
+                scored[name].append(labelled_predictions(dataset, rows, lo, hi, batch, found))
+                embedded[name].append(learner.user_embeddings(batch).numpy())
+    nobody = np.empty((0, 0, 0), np.float32)
+    return {
+        name: (concat(parts), np.concatenate(embedded[name]) if parts else nobody)
+        for name, parts in scored.items()
+    }

@@ -12,6 +12,7 @@ from jobs.context import JobContext
 from jobs.training import tracking
 from jobs.training.checkpoints import Checkpoints, Snapshot
 from jobs.training.config import to_plain
+from jobs.training.judge import Verdict
 
 if TYPE_CHECKING:
     from jobs.training.loader import LabelledDay
@@ -48,6 +49,10 @@ def log_day(
         "spec_hash": dataset.hash,
         "code_version": context.code_version,
         "simulated": str(dataset.simulated).lower(),
+        "verdict": result["gate"]["verdict"],
+        "verdict_reason": result["gate"]["reason"],
+        "trained_on": ", ".join(result["trained_on"]),
+        "lost_days": ", ".join(result["lost"]),
     }
     with tracking.Run(
         context.settings,
@@ -75,16 +80,20 @@ def metrics_of(result: dict[str, Any]) -> dict[str, float | None]:
         for domain, inside in values.get("domains", {}).items():
             found |= _flat(f"{task}_live_domain_{domain}", inside)
     for task, sides in result["gate"]["tasks"].items():
-        for side, values in sides.items():
-            if values is not None:
-                found |= _flat(f"{task}_held_out_{side}", values)
+        for side in ("candidate", "champion"):
+            if sides[side] is not None:
+                found |= _flat(f"{task}_held_out_{side}", sides[side])
     for name in ("norm", "cosine", "l2", "l2_relative"):
         found[f"drift_{name}"] = result["gate"]["drift"][name]
     for task, loss in result["training"]["loss"].items():
         found[f"{task}_training_logloss"] = loss
     for name in ("targets", "rows", "events", "seconds", "targets_per_second", "steps"):
         found[f"training_{name}"] = result["training"][name]
-    found["accepted"] = float(result["gate"]["accepted"])
+    verdict = result["gate"]["verdict"]
+    found["judged"] = float(verdict != Verdict.NOT_JUDGED)
+    found["accepted"] = float(verdict == Verdict.ACCEPTED) if found["judged"] else None
+    for name, value in (result["gate"]["difference"] or {}).items():
+        found["gate_ne_difference" if name == "mean" else f"gate_ne_difference_{name}"] = value
     return found
 
 
@@ -161,7 +170,7 @@ def _register(
         snapshot=candidate,
         path=checkpoints.path(candidate),
         run_id=run.id,
-        tags={"ds": context.ds, "accepted": str(result["gate"]["accepted"]).lower()},
+        tags={"ds": context.ds, "verdict": result["gate"]["verdict"]},
     )
     newest = checkpoints.champion_days()[-1]
     if newest == context.ds:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
 from models import metrics
@@ -21,17 +23,39 @@ def sample() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_logloss_and_ne_by_hand() -> None:
-    # -ln(0.8), -ln(1 - 0.5)
+    # -ln(0.8), -ln(1 - 0.5); and by the constant .25: -ln(.25), -ln(.75)
     expected = (-math.log(0.8) - math.log(0.5)) / 2
+    constant = (-math.log(0.25) - math.log(0.75)) / 2
     assert metrics.logloss([1, 0], [0.8, 0.5]) == pytest.approx(expected)
-    h = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    assert metrics.normalized_entropy([1, 0], [0.8, 0.5], 0.25) == pytest.approx(expected / h)
+    assert metrics.normalized_entropy([1, 0], [0.8, 0.5], 0.25) == pytest.approx(
+        expected / constant
+    )
 
 
-def test_ne_of_the_base_rate_is_one_and_uses_the_training_rate() -> None:
-    labels = [1, 0, 0, 0]
-    assert metrics.normalized_entropy(labels, [0.25] * 4, 0.25) == pytest.approx(1.0)
-    assert metrics.normalized_entropy(labels, [0.25] * 4, 0.5) < 1.0  # H(1/2) is larger
+@pytest.mark.parametrize("rate", [0.01, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("labels", [[1, 0, 0, 0], [1, 1, 1, 0], [0, 0], [1]])
+def test_the_base_rate_has_ne_one_whatever_the_days_own_rate(labels, rate) -> None:
+    assert metrics.normalized_entropy(labels, [rate] * len(labels), rate) == 1.0
+
+
+def test_where_training_and_day_have_one_rate_ne_is_that_of_the_paper() -> None:
+    labels, predictions = [1, 0, 0, 0], [0.6, 0.1, 0.2, 0.4]
+    paper = metrics.logloss(labels, predictions) / metrics.entropy(0.25)
+    assert metrics.normalized_entropy(labels, predictions, 0.25) == pytest.approx(paper)
+
+
+def test_rows_of_several_trainings_are_each_held_against_their_own_rate() -> None:
+    labels, rates = [1, 0, 0, 1, 1, 0], [0.1] * 3 + [0.7] * 3
+    assert metrics.normalized_entropy(labels, rates, rates) == 1.0
+    pairs = {"a": ([0.3] * 6, rates)}
+    (found,) = metrics.bootstrap_ne_differences(labels, pairs, list("abcdef"), rates).values()
+    assert found.mean == pytest.approx(metrics.normalized_entropy(labels, [0.3] * 6, rates) - 1.0)
+
+
+def test_the_shifted_ne_of_any_constant_is_one() -> None:
+    labels = [1, 0, 0, 1, 0]
+    for constant in (0.01, 0.4, 0.99):
+        assert metrics.shifted_normalized_entropy(labels, [constant] * 5) == pytest.approx(1.0)
 
 
 def test_logloss_and_auc_agree_with_scikit_learn(sample) -> None:
@@ -90,7 +114,7 @@ def test_the_intercept_shift_repairs_calibration_and_keeps_the_ranking(sample) -
         np.argsort(shifted, kind="stable"), np.argsort(biased, kind="stable")
     )
     rate = float(labels.mean())
-    assert metrics.shifted_normalized_entropy(labels, biased, rate) < metrics.normalized_entropy(
+    assert metrics.shifted_normalized_entropy(labels, biased) < metrics.normalized_entropy(
         labels, biased, rate
     )
 
@@ -100,7 +124,7 @@ def test_what_does_not_exist_is_nan_and_not_an_exception(labels) -> None:
     predictions = [0.5] * len(labels)
     assert math.isnan(metrics.auc(labels, predictions))
     assert math.isnan(metrics.grouped_auc(labels, predictions, labels))
-    assert math.isnan(metrics.shifted_normalized_entropy(labels, predictions, 0.5))
+    assert math.isnan(metrics.shifted_normalized_entropy(labels, predictions))
     assert metrics.calibration_curve(labels, predictions).rows.sum() == len(labels)
     assert math.isnan(metrics.calibration([0, 0], [0.5, 0.5]))
     assert math.isnan(metrics.normalized_entropy([1, 0], [0.5, 0.5], 0.0))
@@ -166,6 +190,84 @@ def test_bootstrap_of_a_model_with_itself_is_zero_and_of_nothing_nan() -> None:
     same = difference([1, 0], [0.4, 0.3], [0.4, 0.3], [1, 2], 0.5)
     assert (same.mean, same.low, same.high) == (0, 0, 0)
     assert math.isnan(difference([], [], [], [], 0.5).mean)
+
+
+def test_the_interval_draws_what_the_ne_divides_by_with_the_losses() -> None:
+    # users of all rates: with one denominator for all draws the interval would be another
+    rng = np.random.default_rng(5)
+    users = np.repeat(np.arange(30), 4)
+    labels = (rng.random(120) < np.repeat(np.linspace(0.02, 0.9, 30), 4)).astype(int)
+    predictions, baseline = np.full(120, 0.4), np.full(120, 0.1)
+    found = difference(labels, predictions, baseline, users, 0.1, samples=500, seed=2)
+    rng = np.random.default_rng(2)
+    naive = []
+    for _ in range(500):
+        drawn = rng.integers(30, size=30)
+        rows = (drawn[:, None] * 4 + np.arange(4)).ravel()
+        sides = (
+            metrics.normalized_entropy(labels[rows], p[rows], 0.1) for p in (predictions, baseline)
+        )
+        naive.append(next(sides) - next(sides))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(naive, [0.025, 0.975])))
+
+
+def test_a_draw_without_a_task_does_not_count_and_pairs_count_alike() -> None:
+    users, one = np.arange(12), np.array([0])
+    labels = users % 2
+    many = metrics.Paired(labels, np.full(12, 0.5), np.full(12, 0.3), users, 0.3)
+    rare = metrics.Paired(np.array([1]), np.array([0.9]), np.array([0.3]), one, 0.3)
+    found = metrics.bootstrap_mean_ne_difference([many, rare], samples=200)
+    alone = [
+        metrics.normalized_entropy(p.labels, p.predictions, 0.3)
+        - metrics.normalized_entropy(p.labels, p.baseline, 0.3)
+        for p in (many, rare)
+    ]
+    assert found.mean == pytest.approx(np.mean(alone))
+    assert found.low <= found.mean <= found.high
+    assert math.isnan(metrics.bootstrap_mean_ne_difference([]).low)
+
+
+# ---- the smallest inputs
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(0, 1),
+        st.floats(0, 1, width=32) | st.just(float("nan")),
+        st.floats(0, 1, width=32),
+        st.integers(0, 2),
+    ),
+    max_size=4,
+)
+RATE = st.none() | st.sampled_from([0.0, 1.0, float("nan")]) | st.floats(1e-9, 1 - 1e-9)
+
+
+@hypothesis.given(rows=ROWS, rate=RATE)
+def test_every_metric_of_a_handful_of_rows_is_a_number_or_nan(rows, rate) -> None:
+    labels, predictions, other, users = (
+        (list(x) for x in zip(*rows, strict=True)) if rows else ([],) * 4
+    )
+    found = metrics.summary(labels, predictions, rate, users)
+    finite = bool(rows) and not np.isnan(predictions).any()
+    both = len(set(labels)) == 2
+    known = rate is not None and 0 < rate < 1
+    assert not any(math.isinf(value) for value in found.values())
+    assert math.isfinite(found["ne"]) == (finite and known)
+    assert (metrics.why_no_ne(labels, rate) is None) == (bool(rows) and known)
+    assert math.isfinite(found["auc"]) == math.isfinite(found["shifted_ne"]) == (finite and both)
+    assert math.isfinite(found["calibration"]) == (finite and 1 in labels)
+    metrics.calibration_curve(labels, predictions)
+    pairs = {"first": (predictions, other), "second": (other, other)}
+    intervals = metrics.bootstrap_ne_differences(labels, pairs, users, rate, samples=20)
+    together = metrics.bootstrap_mean_ne_difference(
+        [metrics.Paired(labels, *pair, users, rate) for pair in pairs.values()], samples=20
+    )
+    enough = len(set(users)) > 1 and known
+    for name, interval in (*intervals.items(), ("mean", together)):
+        bounds = (interval.low, interval.mean, interval.high)
+        exists = enough and (finite or name == "second")
+        assert [math.isfinite(x) for x in bounds] == [exists] * 3
+        assert interval.low <= interval.high or not exists
 
 
 def test_pairs_that_are_bootstrapped_together_get_what_each_gets_alone(sample) -> None:
