@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from feature_store.days import day_range, shift
 from feature_store.embeddings import EmbeddingKind, read_embeddings
@@ -25,7 +24,7 @@ from jobs.training.checkpoints import Checkpoints
 from jobs.training.config import DownstreamTraining, GateConfig
 from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
-from jobs.training.loop import Learner
+from jobs.training.whole import whole_learner
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
 DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 4))
@@ -264,10 +263,8 @@ def test_a_served_embedding_is_the_one_that_the_training_saw(settings):
     """What is published for a day equals what the model makes of that user's rows of the next day."""
     lake = Lake(settings.lake_root, SPEC)
     for model in MODELS:
-        chosen = presets.preset(SPEC, model)
         checkpoints = _checkpoints(settings, model)
-        learner = Learner(SPEC, chosen, torch.device("cpu"))
-        learner.load(checkpoints.load(checkpoints.champion(DAYS[2]).id))
+        learner = whole_learner(SPEC, checkpoints, checkpoints.champion(DAYS[2]), ds=DAYS[2])
         published = read_embeddings(lake, model, DAYS[2], "raw")
         day = labelled_day(lake, SPEC, DAYS[3], tasks=["click"])
         compared = 0

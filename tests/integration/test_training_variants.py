@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from feature_store.days import day_range, shift
 from feature_store.embeddings import read_embeddings
@@ -20,8 +19,8 @@ from jobs.training import presets, tracking
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
-from jobs.training.loop import Learner
 from jobs.training.presets import Preset
+from jobs.training.whole import whole_learner
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
 DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 2))
@@ -60,8 +59,7 @@ def test_the_hybrid_publishes_what_its_training_saw(settings, rows):
     known = {u for d in DAYS[:2] for u in rows["sequences"][d]["user_id"].to_pylist()}
     assert len(published) > 20 and set(published.user_ids) <= known
     checkpoints = _checkpoints(settings, "hybrid")
-    learner = Learner(SPEC, chosen, torch.device("cpu"))
-    learner.load(checkpoints.load(checkpoints.champion(DAYS[1]).id))
+    learner = whole_learner(SPEC, checkpoints, checkpoints.champion(DAYS[1]), ds=DAYS[1])
     day = labelled_day(lake, SPEC, DAYS[2], tasks=["click"])
     compared = 0
     for decoded in labelled_rows(lake, SPEC, day.shown, users=Users.ALL):
