@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeVar
 
 import pytest
@@ -20,7 +21,7 @@ from models.axes import Aligned, aligned, axes_of, blocks
 from models.batch import Batch
 from models.features import feature_plan
 from models.hybrid import HybridConfig
-from models.interactions import INTERACTIONS
+from models.interactions import INTERACTIONS, InteractionConfig
 from models.sequence_config import SequenceConfig
 from models.sum import SumConfig
 from models.tables import TableConfig
@@ -58,7 +59,8 @@ SPEC = _rich()
 def small(model: str) -> Preset:
     """All kinds of parts, and narrow."""
     tables = TableConfig(dim=8, default_rows=32, item_rows=32)
-    inside = {"interactions": tuple(INTERACTIONS)}
+    shape = InteractionConfig(hidden=16, compressed=64, cross_rank=8)
+    inside = {"interactions": tuple(INTERACTIONS), "inside": shape}
     tower, mix = TowerConfig(sizes=(8, 6), **inside), MixConfig(sizes=(6,), direct=True, **inside)
     events = {
         "tables": tables, "width": 16, "head_dim": 8, "heads": 1, "queries": 2, "layers": 1,
@@ -131,15 +133,20 @@ def made(model: str, spec: Dataset = SPEC, state: dict[str, Any] | None = None) 
 
 def trained(model: str, spec: Dataset = SPEC) -> Learner:
     """No weight is where it started, also not those that start at 0."""
+    return made(model, spec, _state(model, spec))
+
+
+@cache
+def _state(model: str, spec: Dataset) -> dict[str, Any]:
     learner = made(model, spec)
     with torch.no_grad():
         for parameter in learner.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     learner.average.train()
-    for seed in range(3):
+    for seed in range(2):
         learner.step(random_batch(spec, seed=seed))
     learner.average.serve()
-    return learner
+    return learner.state()
 
 
 def answers(learner: Learner, batch: Batch) -> dict[str, Tensor]:
@@ -155,7 +162,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor], *, within: float = 1e
         torch.testing.assert_close(values, other[name], rtol=0, atol=within, msg=name)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("model", MODELS)
 def test_a_spec_in_another_order_gives_the_same_model(model: str, seed: int) -> None:
     spec = shuffled(SPEC, seed)
@@ -166,7 +173,7 @@ def test_a_spec_in_another_order_gives_the_same_model(model: str, seed: int) -> 
     same(answers(first, batch), answers(other, told(batch, SPEC, spec)))
     # and it learns on as the first does: the optimizers and the average came along
     first.average.train(), other.average.train()
-    for seed_of_batch in range(4):
+    for seed_of_batch in range(2):
         batch = random_batch(SPEC, seed=20 + seed_of_batch, rows=12)
         first.step(batch)
         other.step(told(batch, SPEC, spec))
@@ -250,8 +257,6 @@ def test_what_is_added_or_removed_leaves_every_other_weight(model: str, what: st
     less = _without(SPEC, what)
     for before, now in ((SPEC, less), (less, SPEC)):
         old = trained(model, before)
-        untouched = made(model, now, None)
-        torch.manual_seed(1)
         new = made(model, now, old.state())
         theirs = pieces(old, old.weights())
         ours = pieces(new, new.weights())
@@ -259,7 +264,6 @@ def test_what_is_added_or_removed_leaves_every_other_weight(model: str, what: st
         assert len(both) > 50
         for key in both:
             assert torch.equal(ours[key], theirs[key]), key
-        assert untouched.weights().keys() == new.weights().keys()
         assert bool(new.taken.misfit()) == (what in READS[model]), new.taken
         assert (new.taken.unknown_tasks() != set()) == (len(now.tasks) > len(before.tasks))
         verb = "lacks" if now is SPEC else "was trained with"
@@ -289,10 +293,10 @@ def test_new_columns_are_those_of_first_weights_and_begin_without_momentum() -> 
     less = _without(SPEC, "dense")
     state = trained("sum", less).state()
     new = made("sum", SPEC, state)
-    first = made("sum", SPEC)
-    torch.manual_seed(1)
+    torch.manual_seed(1)  # as `made` does where there is a state
     first = Learner(SPEC, small("sum"), torch.device("cpu"))
-    weight, column = "user.dense.0.weight", SPEC.dense_features.index(SPEC.dense_features[1])
+    names = [d.name for d in SPEC.dense_features]
+    weight, column = "user.dense.0.weight", names.index("spent")
     assert torch.equal(new.weights()[weight][:, column], first.weights()[weight][:, column])
     assert new.taken.lacking[weight] == ("dense:spent",)
     assert not new.taken.dropped and new.taken.misfit() == "lacks dense:spent"
@@ -302,7 +306,10 @@ def test_new_columns_are_those_of_first_weights_and_begin_without_momentum() -> 
 
 def test_a_table_of_another_size_starts_anew_and_is_named() -> None:
     old = trained("sum")
-    bigger = replace(small("sum"), sum=replace(small("sum").sum, tables=TableConfig(dim=8, default_rows=32, item_rows=64)))  # fmt: skip
+    tables = TableConfig(dim=8, default_rows=32, item_rows=64)
+    usual = small("sum")
+    assert usual.sum is not None
+    bigger = replace(usual, sum=replace(usual.sum, tables=tables))
     new = Learner(SPEC, bigger, torch.device("cpu"), old.state())
     assert [n.rsplit(".", 2)[-2].removeprefix("of_") for n in new.taken.lacking] == ["item"]
     assert "item" in new.taken.misfit()
