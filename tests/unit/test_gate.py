@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from feature_store.days import day_range
 from jobs.report_page import arms_figure, drift_figure
+from jobs.train_upstream import untrained
 from jobs.training import plots
 from jobs.training.config import GateConfig
 from jobs.training.judge import Verdict, decide, drift, task_metrics
@@ -23,6 +26,7 @@ TASKS = [t.name for t in SPEC.tasks]
 RATES = dict.fromkeys(TASKS, 0.3)
 STILL = drift(np.ones((3, 2, 4)), np.ones((3, 2, 4)))
 GATE = GateConfig()
+DAYS = day_range("2024-05-01", "2024-05-06")
 
 
 def scored(labels, predictions, users, tasks) -> Scored:
@@ -35,8 +39,8 @@ def scored(labels, predictions, users, tasks) -> Scored:
 
 
 def two_sides(*, users: int, rows: int = 10, worse: float, noise: float = 0.0, seed: int = 0):
-    """Candidate and champion on one task; the candidate's logits are too small by `worse`, in users of
-    one half and, by `noise`, more or less in each."""
+    """Candidate and champion on one task; the candidate's logits are too small by `worse`, more or less
+    by `noise` of each user."""
     rng = np.random.default_rng(seed)
     user = np.repeat(np.arange(users), rows)
     logit = rng.normal(-1, 1, users * rows)
@@ -67,7 +71,7 @@ def test_a_candidate_that_is_clearly_worse_is_rejected_and_one_as_good_is_not() 
 
 def test_what_may_be_chance_does_not_reject() -> None:
     """Worse by more than is tolerated, in few users who differ much: the interval reaches below it."""
-    found = verdict(*two_sides(users=20, worse=0.3, noise=1.5, seed=1))
+    found = verdict(*two_sides(users=20, worse=0.1, noise=0.6, seed=1))
     assert found["difference"]["mean"] > GATE.ne_tolerance > found["difference"]["low"]
     assert found["verdict"] == Verdict.ACCEPTED
 
@@ -111,6 +115,13 @@ def test_not_judged_is_no_way_round_the_bounds_of_the_embeddings() -> None:
     candidate.prediction[3] = math.nan
     found = verdict(candidate, champion)
     assert found["verdict"] == Verdict.REJECTED and "a prediction is not" in found["reason"]
+
+
+def test_labels_since_the_parents_day_are_untrained() -> None:
+    lake = SimpleNamespace(partitions=lambda _: dict.fromkeys(DAYS[:3] + DAYS[4:]))
+    assert untrained(lake, None, DAYS[5]) == []
+    assert untrained(lake, SimpleNamespace(ds=DAYS[4]), DAYS[5]) == []
+    assert untrained(lake, SimpleNamespace(ds=DAYS[1]), DAYS[5]) == [DAYS[2], DAYS[4]]
 
 
 # ---- the smallest inputs
