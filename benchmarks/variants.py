@@ -101,7 +101,8 @@ def markdown(found: Sequence[Line]) -> str:
         for x in (x for x in found if x.task == task):
             own = "" if x.upstream_ne is None else f"{x.upstream_ne:.4f}"
             to_context = "" if x.model == CONTEXT else interval_text(x.to_context)
-            recovered = "" if x.model == CONTEXT else f"{x.recovered:.0%}"
+            recovered = "-" if np.isnan(x.recovered) else f"{x.recovered:.0%}"
+            recovered = "" if x.model == CONTEXT else recovered
             to_first = "" if x.model in (CONTEXT, first) else interval_text(x.to_first)
             beside = "" if x.beside is None else interval_text(x.beside)
             cells = (x.model, own, f"{x.ne:.4f}", to_context, recovered, to_first, beside)

@@ -178,12 +178,12 @@ def embedded(
 def statistics(
     context: JobContext, ids: pa.Array, raw: np.ndarray, yesterday: UserEmbeddings | None
 ) -> dict[str, Any]:
-    """Coverage, norms and drift, in float32.
+    """Coverage, norms and drift.
 
     Returns:
         users; coverage (share of the day's impression users who have one, None without
-        impressions); norm_mean, norm_min, norm_max; common_users, cosine, l2, l2_relative against
-        the day before, None where it was not published.
+        impressions); norm_mean, norm_min, norm_max, None without users; common_users, cosine, l2,
+        l2_relative against the day before, None where it has none of these users.
 
     Raises:
         QualityError: an embedding is not finite in float16, or all zeros.
@@ -191,10 +191,9 @@ def statistics(
     import numpy as np
     import pyarrow.compute as pc
 
-    from jobs.training.judge import drift
+    from jobs.training.judge import drift, flat
 
-    flat = raw.reshape(len(raw), -1).astype(np.float32)
-    norms = np.linalg.norm(flat, axis=1)
+    norms = np.linalg.norm(flat(raw), axis=1)
     bad = ~np.isfinite(norms) | (norms == 0)
     if bad.any():
         few = [ids[int(i)].as_py() for i in np.nonzero(bad)[0][:3]]

@@ -50,7 +50,7 @@ def reproduce(settings: Settings, run_id: str, *, dataset: Dataset | None = None
     from jobs.training import tracking
     from jobs.training.checkpoints import Checkpoints
     from jobs.training.config import from_plain
-    from jobs.training.loader import labelled_day
+    from jobs.training.loader import label_days, labelled_day
     from jobs.training.presets import Preset
 
     try:
@@ -70,7 +70,8 @@ def reproduce(settings: Settings, run_id: str, *, dataset: Dataset | None = None
             f"version {tags.get('code_version', '?')}"
         )
     context = JobContext(dataset=spec, ds=recorded.ds, settings=settings, model=recorded.model)
-    day = labelled_day(context.lake, spec, recorded.ds, inputs=recorded.inputs)
+    also = [ds for ds in label_days(recorded.inputs) if ds != recorded.ds]
+    day = labelled_day(context.lake, spec, recorded.ds, also=also, inputs=recorded.inputs)
     preset = from_plain(Preset, recorded.config)
     with tempfile.TemporaryDirectory(dir=_scratch(settings)) as scratch:
         again = UpstreamDay(

@@ -82,22 +82,22 @@ def drift(candidate: np.ndarray, champion: np.ndarray | None) -> Metrics:
         distance); l2_relative (that over the champion's mean norm). None where there is nothing to
         measure, or nothing to compare with.
     """
-    flat = _flat(candidate)
-    norms = np.linalg.norm(flat, axis=1)
+    ours = flat(candidate)
+    norms = np.linalg.norm(ours, axis=1)
     found: Metrics = {
-        "users": len(flat),
-        "finite": bool(np.isfinite(flat).all()),
-        "norm": metrics.finite_or_none(norms.mean()) if len(flat) else None,
+        "users": len(ours),
+        "finite": bool(np.isfinite(ours).all()),
+        "norm": metrics.finite_or_none(norms.mean()) if len(ours) else None,
         "cosine": None,
         "l2": None,
         "l2_relative": None,
     }
-    if champion is None or not len(flat) or champion.shape != candidate.shape:
+    if champion is None or not len(ours) or champion.shape != candidate.shape:
         return found
-    other = _flat(champion)
-    others = np.linalg.norm(other, axis=1)
-    distance = np.linalg.norm(flat - other, axis=1)
-    cosine = (flat * other).sum(1) / np.maximum(norms * others, 1e-12)
+    theirs = flat(champion)
+    others = np.linalg.norm(theirs, axis=1)
+    distance = np.linalg.norm(ours - theirs, axis=1)
+    cosine = (ours * theirs).sum(1) / np.maximum(norms * others, 1e-12)
     return found | {
         "cosine": metrics.finite_or_none(cosine.mean()),
         "l2": metrics.finite_or_none(distance.mean()),
@@ -105,7 +105,8 @@ def drift(candidate: np.ndarray, champion: np.ndarray | None) -> Metrics:
     }
 
 
-def _flat(embeddings: np.ndarray) -> np.ndarray:
+def flat(embeddings: np.ndarray) -> np.ndarray:
+    """(R, K, D) as (R, K*D) float64, where R, K and D may be 0."""
     return embeddings.reshape(len(embeddings), prod(embeddings.shape[1:])).astype(np.float64)
 
 
@@ -187,8 +188,11 @@ _SIDES = ("candidate", "champion")
 def _too_little(held_out: Scored, base_rate: float | None, gate: GateConfig) -> str | None:
     """Why a task cannot be judged by these labels; None where it can."""
     labels, users = len(held_out), len(np.unique(held_out.user_id))
-    if labels < gate.min_labels or users < gate.min_users:
-        return f"{labels} labels of {users} held-out users, {gate.min_labels} of {gate.min_users} are needed"
+    if not labels or labels < gate.min_labels or users < gate.min_users:
+        return (
+            f"{labels} labels of {users} held-out users ({gate.min_labels} labels of {gate.min_users} "
+            "users are needed)"
+        )
     if not 0 < held_out.label.sum() < labels:
         return f"all {labels} held-out labels are {held_out.label[0]}"
     return metrics.why_no_ne(held_out.label, base_rate)
@@ -197,8 +201,13 @@ def _too_little(held_out: Scored, base_rate: float | None, gate: GateConfig) -> 
 def _why_not_judged(champion: Scored | None, tasks: Mapping[str, Metrics]) -> str:
     if champion is None:
         return "no champion is before it"
-    known = (f"{name}: {task['why_not']}" for name, task in tasks.items() if task["why_not"])
-    return "too little to judge by; " + "; ".join(known)
+    names: dict[str, list[str]] = {}
+    for name, task in tasks.items():
+        if task["why_not"]:
+            names.setdefault(task["why_not"], []).append(name)
+    return "; ".join(f"{', '.join(of)}: {why_not}" for why_not, of in names.items()) or (
+        "fewer than two held-out users"
+    )
 
 
 def _out_of_bounds(candidate: Scored, moved: Metrics, gate: GateConfig) -> list[str]:

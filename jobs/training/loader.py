@@ -103,7 +103,7 @@ class LabelledDay:
     @property
     def final_days(self) -> list[str]:
         """The days whose labels are read, ascending."""
-        return _label_days(self.inputs)
+        return label_days(self.inputs)
 
 
 def share_within(days: Iterable[LabelledDay], task: str, most: int) -> float:
@@ -126,14 +126,14 @@ def labelled_day(
     Args:
         also: days before `ds` whose labels are read beside its own.
         tasks: only these; default all.
-        inputs: versions to read at, as an earlier `LabelledDay.inputs` recorded them, and with them the
-            days of labels; default the newest that the ledger knows, of `also` and `ds`.
+        inputs: versions to read at, as an earlier `LabelledDay.inputs` recorded them; default the
+            newest that the ledger knows.
 
     Raises:
         MissingPartitionError: labels, or examples that labels point to, have not been written.
     """
     names = [t.name for t in dataset.tasks] if tasks is None else list(tasks)
-    days = [*also, ds] if inputs is None else _label_days(inputs)
+    days = [*also, ds]
     found = lake.require("labels", days) if inputs is None else inputs
     used: dict[str, int] = {}
     shown = []
@@ -158,7 +158,8 @@ def labelled_day(
     return LabelledDay(ds=ds, shown=tuple(shown), inputs=used)
 
 
-def _label_days(inputs: Mapping[str, int]) -> list[str]:
+def label_days(inputs: Mapping[str, int]) -> list[str]:
+    """The days of the partitions of `labels` in `inputs`, ascending."""
     prefix = pin("labels", "")
     return sorted(key.removeprefix(prefix) for key in inputs if key.startswith(prefix))
 

@@ -221,7 +221,7 @@ def test_a_rejected_candidate_leaves_the_champion_to_publish_and_to_start_the_ne
             data = source.read(table, days=[ds])
             lake.publish_arrow(table, ds, data, inputs={}, code_version="test")
     _train_and_publish(mine, "sum", DAYS[0])
-    strict = replace(usual, gate=GateConfig(ne_tolerance=-10.0, min_labels=1))
+    strict = replace(usual, gate=GateConfig(ne_tolerance=-10.0, min_labels=1, min_users=1))
     monkeypatch.setattr(presets, "preset", lambda *_: strict)
     _train_and_publish(mine, "sum", DAYS[1])
     monkeypatch.setattr(presets, "preset", lambda *_: usual)
@@ -230,12 +230,39 @@ def test_a_rejected_candidate_leaves_the_champion_to_publish_and_to_start_the_ne
     checkpoints = _checkpoints(mine, "sum")
     first = checkpoints.champion(DAYS[0])
     rejected = _result(mine, "sum", DAYS[1])
-    assert not rejected["gate"]["accepted"]
+    assert rejected["gate"]["verdict"] == "rejected"
     assert "held-out NE is worse" in rejected["gate"]["reason"]
     assert rejected["candidate"] != first.id
     assert checkpoints.champion(DAYS[1]) == first
     assert read_embeddings(lake, "sum", DAYS[1]).snapshot == first.id
     assert checkpoints.champion(DAYS[2]).parent == first.id
+
+    # no label is lost: what a run of days without a rejection is trained on
+    third = _result(mine, "sum", DAYS[2])
+    assert (third["trained_on"], third["lost"]) == (DAYS[1:3], [])
+    assert checkpoints.champion(DAYS[2]).label_counts == (
+        _checkpoints(settings, "sum").champion(DAYS[2]).label_counts
+    )
+    judged = _result(settings, "sum", DAYS[2])["evaluation"]
+    for task, found in third["evaluation"].items():  # the day's labels only
+        assert all(found[n] == judged[task][n] for n in ("shown_ds", "labels", "positives"))
+    mlflow = tracking.client(mine)
+    experiment = mlflow.get_experiment_by_name(f"{SPEC.name}/upstream/sum")
+    runs = {r.data.tags["ds"]: r for r in mlflow.search_runs([experiment.experiment_id])}
+    assert runs[DAYS[1]].data.tags["verdict"] == "rejected"
+    assert (runs[DAYS[1]].data.metrics["judged"], runs[DAYS[1]].data.metrics["accepted"]) == (1, 0)
+    assert {f"labels/{ds}" for ds in DAYS[1:3]} <= {
+        d.dataset.name for d in runs[DAYS[2]].inputs.dataset_inputs
+    }
+    assert reproduce(mine, runs[DAYS[2]].info.run_id, dataset=SPEC).same
+
+    # a bound on it, and what is beyond is said to be lost
+    one_day = replace(usual, training=replace(usual.training, catch_up_days=0))
+    monkeypatch.setattr(presets, "preset", lambda *_: one_day)
+    train_upstream.run(_context(mine, DAYS[2], model="sum"))
+    third = _result(mine, "sum", DAYS[2])
+    assert (third["trained_on"], third["lost"]) == ([DAYS[2]], [DAYS[1]])
+    assert f"labels of {DAYS[1]} are lost to the model" in train_upstream.summary(third)
 
 
 def test_published_embeddings_are_of_every_user_once_at_their_newest_state(settings, rows):

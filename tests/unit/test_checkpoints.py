@@ -94,15 +94,15 @@ def test_the_champion_of_a_day_is_the_newest_up_to_it(tmp_path):
         checkpoints.require_champion(DAYS[0])
     for ds in DAYS[:2]:
         checkpoints.save(_snapshot(ds), {})
-        checkpoints.set_champion(ds, f"sum-x-{ds}", accepted=True)
-    checkpoints.set_champion(DAYS[2], f"sum-x-{DAYS[1]}", accepted=False)
+        checkpoints.set_champion(ds, f"sum-x-{ds}", verdict="accepted")
+    checkpoints.set_champion(DAYS[2], f"sum-x-{DAYS[1]}", verdict="rejected")
     assert checkpoints.champion_days() == list(DAYS)
     assert checkpoints.champion(DAYS[2]).ds == DAYS[1]
     assert checkpoints.newest_champion("2024-05-03").ds == DAYS[1]
     assert checkpoints.newest_champion("2024-04-30") is None
     with pytest.raises(HeadwaterError, match="2024-05-01 to 2024-05-04"):
         checkpoints.require_champion("2024-05-03")
-    assert json.loads((tmp_path / DAYS[2] / "champion.json").read_text())["accepted"] is False
+    assert json.loads((tmp_path / DAYS[2] / "champion.json").read_text())["verdict"] == "rejected"
 
 
 def test_base_rates_need_both_answers():

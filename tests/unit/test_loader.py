@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from feature_store.days import shift
 from feature_store.errors import DataError
 from feature_store.spec import IdType
+from feature_store.tables import NO_LABEL
 from jobs.training.ids import held_out, int64_ids, mix
 from jobs.training.loader import (
     Limits,
@@ -183,6 +184,35 @@ def test_first_day_has_only_the_tasks_that_mature_at_once():
     spec, lake = _lake()
     day = labelled_day(lake, spec, FIRST_DAY)
     assert [(s.ds, s.labels.tasks) for s in day.shown] == [(FIRST_DAY, ("click",))]
+
+
+def test_labels_of_days_before_come_beside_those_of_the_day_each_once():
+    spec, lake = _lake()
+    first, second = (labelled_day(lake, spec, ds) for ds in (FIRST_DAY, SECOND_DAY))
+    both = labelled_day(lake, spec, SECOND_DAY, also=[FIRST_DAY])
+    assert both.final_days == [FIRST_DAY, SECOND_DAY]
+    assert [(s.ds, s.final) for s in both.today] == [(s.ds, s.final) for s in second.shown]
+    assert [s.ds for s in both.shown] == [FIRST_DAY, FIRST_DAY, SECOND_DAY]
+    assert both.inputs == first.inputs | second.inputs
+    assert both.counts() == {
+        task: tuple(np.add(first.counts().get(task, (0, 0)), found))
+        for task, found in second.counts().items()
+    }
+
+    def labels(day):
+        batches = labelled_batches(lake, spec, day.shown, users=Users.ALL, seed=1)
+        rows = [
+            (int(b.user_id[row]), int(as_of), index, int(label))
+            for b in batches
+            for row, as_of, of in zip(b.row_of_target, b.as_of, b.labels, strict=True)
+            for index, label in enumerate(of)
+            if label != NO_LABEL
+        ]
+        return sorted(rows)
+
+    assert labels(both) == sorted(labels(first) + labels(second))
+    again = labelled_day(lake, spec, SECOND_DAY, also=[FIRST_DAY], inputs=both.inputs)
+    assert (again.final_days, labels(again)) == (both.final_days, labels(both))
 
 
 def test_held_out_users_are_never_in_training_and_are_all_there_is_in_the_gate():
