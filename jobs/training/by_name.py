@@ -76,8 +76,21 @@ class Loading:
                 dropped[name] = found.dropped
         return Taken(lacking, dropped)
 
-    def slots(self, kind: str, name: str, parameter: Tensor) -> dict[str, Tensor] | None:
-        """The state of the optimizer `kind` for a parameter, zero for new blocks; None: it starts anew."""
+    def optimizers(
+        self, optimizers: Mapping[str, torch.optim.Optimizer], parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Replace the state of the optimizers, by kind, for `parameters`, by name."""
+        names = {parameter: name for name, parameter in parameters.items()}
+        for kind, optimizer in optimizers.items():
+            for parameter in optimizer.param_groups[0]["params"]:
+                slots = self._slots(kind, names[parameter], parameter)
+                if slots is None:
+                    optimizer.state.pop(parameter, None)
+                else:
+                    optimizer.state[parameter] = slots
+
+    def _slots(self, kind: str, name: str, parameter: Tensor) -> dict[str, Tensor] | None:
+        """The state of one parameter, zero for new blocks; None: it starts anew."""
         stored = self.state.get(kind, {}).get(name)
         if (
             stored is None

@@ -234,14 +234,7 @@ class Learner:
         """Take over weights, and the optimizers' state where it is given."""
         loading = Loading(self.model, state)
         taken = loading.weights()
-        names = {parameter: name for name, parameter in self.dense.items()}
-        for kind, optimizer in self.optimizers.items():
-            for parameter in optimizer.param_groups[0]["params"]:
-                slots = loading.slots(kind, names[parameter], parameter)
-                if slots is None:
-                    optimizer.state.pop(parameter, None)
-                else:
-                    optimizer.state[parameter] = slots
+        loading.optimizers(self.optimizers, self.dense)
         self.average.load(loading.trained(self.dense))
         self.model.tables.load_optimizer_state(loading.tables())
         return taken
