@@ -35,6 +35,7 @@ from jobs.training.config import GateConfig, to_plain
 from jobs.training.ids import int64_ids
 from jobs.training.loader import labelled_day
 from jobs.training.presets import Preset
+from jobs.training.whole import whole_learner
 
 EMBEDDINGS = "embeddings.npz"
 _NO_GATE = GateConfig(ne_tolerance=1e9, min_cosine=-2.0, max_l2=1e9)
@@ -163,7 +164,8 @@ class Progressive:
         arrays: dict[str, Any] = {}
         for side, snapshot in snapshots.items():
             of = day.checkpoints.get(snapshot)
-            ids, arrays[side] = embed(context, self.preset, of, users, day.checkpoints)
+            learner = whole_learner(self.dataset, day.checkpoints, of, ds=ds)
+            ids, arrays[side] = embed(learner, context.lake, ds, users)
         ne = {t: of["ne"] for t, of in result["evaluation"].items() if of["ne"] is not None}
         about = json.dumps({"key": key, "snapshots": snapshots, "ne": ne})
         with replacing(self._path(ds)) as staging, staging.open("wb") as file:

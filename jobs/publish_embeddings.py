@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from feature_store.embeddings import UserEmbeddings
     from feature_store.lake import Lake
-    from jobs.training.checkpoints import Snapshot
     from jobs.training.loop import Learner
     from jobs.training.presets import Preset
 
@@ -33,7 +32,7 @@ def run(context: JobContext) -> None:
     """Publish `context.model` on `context.ds`.
 
     Raises:
-        HeadwaterError: the day has no champion.
+        HeadwaterError: the day has no champion, or one that is damaged or does not fit the spec.
         MissingPartitionError: the day's user table has not been written.
         StalePartitionError: the user table is not current, or the champion was chosen by tables that
             are not.
@@ -42,21 +41,21 @@ def run(context: JobContext) -> None:
     from feature_store import quality
     from feature_store.embeddings import published_rows, read_embeddings
     from jobs.training.checkpoints import Checkpoints
-    from jobs.training.presets import preset
+    from jobs.training.whole import whole_learner
 
     warm = quality.warm_up()
     dataset, ds, model, lake = context.dataset, context.ds, context.require_model(), context.lake
     root = context.settings.snapshot_dir(dataset.name, model, ds).parent
     champion = Checkpoints(root).require_champion(ds)
-    chosen = preset(dataset, model)
     lineage = lake.lineage()
     if Checkpoints(root).decided_from(ds)[1] != lineage.identity("user_embeddings", ds):
         raise StalePartitionError(
             f"champion of {model} on {ds} was chosen by tables that were replaced since: run python -m "
             f"jobs train_upstream publish_embeddings --dataset {dataset.name} --ds {ds} --model {model}"
         )
-    users = UserRows.of(lake, chosen, ds)
-    ids, raw = embed(context, chosen, champion, users, Checkpoints(root))
+    learner = whole_learner(dataset, Checkpoints(root), champion, ds=ds)
+    users = UserRows.of(lake, learner.preset, ds)
+    ids, raw = embed(learner, lake, ds, users)
     before_days = [shift(ds, -i) for i in range(1, POOLED_DAYS)]
     published = {day: lineage.get("user_embeddings", day, model) for day in before_days}
     before = [
@@ -146,27 +145,20 @@ class UserRows:
             seen = np.sort(np.concatenate([seen, *today]))
 
 
-def embed(
-    context: JobContext, preset: Preset, champion: Snapshot, users: UserRows, checkpoints: Any
-) -> tuple[pa.Array, np.ndarray]:
+def embed(learner: Learner, lake: Lake, ds: str, users: UserRows) -> tuple[pa.Array, np.ndarray]:
     """User ids, as stored, and embeddings (n, K, D) float16, in the order of the ids."""
     import numpy as np
     import pyarrow as pa
-    import torch
 
     from feature_store.tables import contract
-    from jobs.training.loop import Learner, choose_device
 
-    torch.set_num_threads(preset.training.threads)
-    learner = Learner(context.dataset, preset, choose_device())
-    learner.load(checkpoints.load(champion.id))
     ids, values = [], []
-    for user_ids, found in embedded(learner, context.ds, users.batches(context.lake, preset)):
+    for user_ids, found in embedded(learner, ds, users.batches(lake, learner.preset)):
         with np.errstate(over="ignore"):
             values.append(found.astype(np.float16))
         ids.append(user_ids)
     if not ids:
-        kind = contract(context.dataset, users.table).schema.field("user_id").type
+        kind = contract(learner.dataset, users.table).schema.field("user_id").type
         return pa.array([], kind), np.empty((0, 0, 0), np.float16)
     joined = pa.concat_arrays(ids)
     order = pa.compute.sort_indices(joined)
@@ -261,16 +253,16 @@ def pooled_cosine(rows: pa.Table, yesterday: UserEmbeddings) -> float | None:
 
 def _log(context: JobContext, model: str, notes: dict[str, Any]) -> None:
     """Beside the training of the day, in its run."""
-    import json
-
     from jobs.training import tracking
-    from jobs.training.checkpoints import CHAMPION, Checkpoints
+    from jobs.training.checkpoints import Checkpoints
     from jobs.training.upstream_run import experiment, run_key
 
     dataset = context.dataset
     day = context.settings.snapshot_dir(dataset.name, model, context.ds)
-    record = json.loads((day / CHAMPION).read_text())
-    candidate = Checkpoints(day.parent).get(record["candidate"])
+    checkpoints = Checkpoints(day.parent)
+    record = checkpoints.champion_record(context.ds)
+    assert record is not None  # what was published is the champion's
+    candidate = checkpoints.get(record["candidate"])
     with tracking.Run(
         context.settings,
         experiment=experiment(dataset.name, model),

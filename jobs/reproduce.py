@@ -83,7 +83,7 @@ def reproduce(settings: Settings, run_id: str, *, dataset: Dataset | None = None
             parents=Checkpoints(root),
         )
         parent = Checkpoints(root).get(recorded.parent) if recorded.parent else None
-        found, _ = again.train(again.learner(), parent)
+        found, _ = again.train(parent)
     return Reproduced(snapshot=recorded.id, recorded=recorded.state_hash, found=found.state_hash)
 
 

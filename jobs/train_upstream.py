@@ -76,6 +76,7 @@ def summary(result: dict[str, Any]) -> str:
             parts.append(f"{task} no NE ({found['why_not']})")
         else:
             parts.append(f"{task} NE {number(found['ne'])} AUC {number(found['auc'], 3)}")
+    parts += [f"{ds} is not evaluated ({why})" for ds, why in result["not_evaluated"].items()]
     trained = result["training"]
     parts.append(f"{trained['targets']} targets in {trained['seconds']:.1f} s")
     if len(result["trained_on"]) > 1:
@@ -132,10 +133,9 @@ class UpstreamDay:
         from jobs.training.judge import Verdict
 
         checkpoints, ds = self.checkpoints, self.context.ds
-        learner = self.learner()
         parent = self.parent()
-        evaluation, scored = self.evaluate(learner)
-        candidate, progress = self.train(learner, parent)
+        evaluation, scored, not_evaluated = self.evaluate()
+        candidate, progress = self.train(parent)
         gate = self.gate(candidate, parent)
         rejected = gate["verdict"] == Verdict.REJECTED
         if rejected and parent is None:
@@ -157,6 +157,7 @@ class UpstreamDay:
             "model": self.model,
             "ds": ds,
             "evaluation": evaluation,
+            "not_evaluated": not_evaluated,
             "training": progress,
             "trained_on": self.day.final_days,
             "lost": list(self.lost),
@@ -200,8 +201,8 @@ class UpstreamDay:
             )
         return checkpoints.champion(days[-1])
 
-    def learner(self) -> Learner:
-        """The model with its first weights, fixed by its name and the day."""
+    def learner(self, parent: Snapshot | None = None) -> Learner:
+        """The model with its first weights, which its name fixes, or with those of a parent."""
         import torch
 
         from jobs.training.ids import seed_of
@@ -210,9 +211,16 @@ class UpstreamDay:
         device = choose_device()
         torch.set_num_threads(self.preset.training.threads)
         torch.manual_seed(seed_of("init", self.dataset.name, self.model))
-        return Learner(self.dataset, self.preset, device)
+        checkpoints = self.parents or self.checkpoints
+        state = None if parent is None else checkpoints.load(parent.id)
+        return Learner(self.dataset, self.preset, device, state)
 
-    def _rows(self, users: str, shown: tuple[Shown, ...], **more: Any) -> Any:
+    def _whole(self, snapshot: Snapshot) -> Learner:
+        from jobs.training.whole import whole_learner
+
+        return whole_learner(self.dataset, self.checkpoints, snapshot, ds=self.context.ds)
+
+    def _rows(self, users: str, shown: tuple[Shown, ...], *learners: Learner) -> Any:
         from jobs.training.loader import Users, labelled_rows
 
         return labelled_rows(
@@ -220,39 +228,52 @@ class UpstreamDay:
             self.dataset,
             shown,
             users=Users(users),
-            history=self.preset.history,
-            user_features=self.preset.user_features,
-            **more,
+            history=any(learner.preset.history for learner in learners),
+            user_features=any(learner.preset.user_features for learner in learners),
+            limits=self.preset.training.inference,
         )
+
+    def _known(self, learner: Learner, scored: Scored) -> Scored:
+        """What of `scored` is of tasks that the learner's snapshot knows."""
+        import numpy as np
+
+        unknown = learner.taken.unknown_tasks()
+        known = [i for i, task in enumerate(self.dataset.tasks) if task.name not in unknown]
+        return scored.where(np.isin(scored.task, known))
 
     # ---- evaluate
 
-    def evaluate(self, learner: Learner) -> tuple[dict[str, Any], Scored]:
-        """Metrics per task of the snapshot that was live when the targets were shown."""
+    def evaluate(self) -> tuple[dict[str, Any], Scored, dict[str, str]]:
+        """Metrics per task of the snapshot that was live when the targets were shown, its predictions; and
+        days shown whose snapshot does not fit the spec, with the reason."""
         from jobs.training.judge import task_metrics
         from jobs.training.loop import concat, score
+        from jobs.training.whole import NotWholeError
 
         found: dict[str, Any] = {}
-        parts = []
+        parts, without = [], {}
         for shown in self.day.today:
             live = self.checkpoints.newest_champion(shift(shown.ds, -1))
             if live is None:  # shown before the first model
                 continue
-            learner.load(self.checkpoints.load(live.id))
-            limits = self.preset.training.inference
-            scored = score(
-                self.dataset, learner, self._rows("all", (shown,), limits=limits), limits
-            )
+            try:
+                learner = self._whole(live)
+            except NotWholeError as misfit:
+                without[shown.ds] = misfit.fact
+                continue
+            rows = self._rows("all", (shown,), learner)
+            scored = score(self.dataset, learner, rows, self.preset.training.inference)
+            scored = self._known(learner, scored)
             metrics = task_metrics(self.dataset, scored, live.base_rates())
             for name in shown.labels.tasks:
                 if name in metrics:
                     found[name] = {**metrics[name], "snapshot": live.id, "shown_ds": shown.ds}
             parts.append(scored)
-        return found, concat(parts)
+        return found, concat(parts), without
 
     # ---- train
 
-    def train(self, learner: Learner, parent: Snapshot | None) -> tuple[Snapshot, dict[str, Any]]:
+    def train(self, parent: Snapshot | None) -> tuple[Snapshot, dict[str, Any]]:
         """The candidate: trained now, resumed, or found where this very training was done before."""
         from jobs.training.checkpoints import run_hash
         from jobs.training.config import to_plain
@@ -266,12 +287,11 @@ class UpstreamDay:
         )  # fmt: skip
         known = checkpoints.trained(ds, key)
         if known is not None:
-            learner.load(checkpoints.load(known.id))
             return known, known.metadata["training"]
-        return self._train(learner, parent, key, config)
+        return self._train(parent, key, config)
 
     def _train(
-        self, learner: Learner, parent: Snapshot | None, key: str, config: dict[str, Any]
+        self, parent: Snapshot | None, key: str, config: dict[str, Any]
     ) -> tuple[Snapshot, dict[str, Any]]:
         from jobs.training.checkpoints import Snapshot, state_hash
         from jobs.training.ids import seed_of
@@ -279,13 +299,10 @@ class UpstreamDay:
         from jobs.training.loop import train
 
         checkpoints, ds, training = self.checkpoints, self.context.ds, self.preset.training
-        fresh: list[str] = []
-        if parent is None:
-            learner = self.learner()
-        else:
-            fresh = learner.load((self.parents or checkpoints).load(parent.id))
-            # where a spec has grown, first weights speak in every prediction of the parent
-            learner.keep_parent([] if fresh else parent.trained_tasks())
+        learner = self.learner(parent)
+        if parent is not None:
+            # of another spec first weights speak in every prediction of the parent
+            learner.keep_parent([] if learner.taken.misfit() else parent.trained_tasks())
         seed = seed_of("train", self.dataset.name, self.model, ds)
 
         def batches(epoch: int, skip: int) -> Any:
@@ -321,7 +338,7 @@ class UpstreamDay:
             inputs=dict(self.day.inputs),
             label_counts=_label_counts(self.dataset, parent, done),
             steps=done.steps,
-            metadata={"training": _training_record(self.dataset, done, fresh)},
+            metadata={"training": _training_record(self.dataset, done, learner)},
         )
         checkpoints.save(snapshot, learner.state())
         checkpoints.clear_progress(ds)
@@ -340,28 +357,34 @@ class UpstreamDay:
         """Whether the candidate may publish: NE and embedding drift on the held-out users, whose rows are
         decoded once.
 
-        A model of one domain is judged by the labels of that domain.
+        A model of one domain is judged by the labels of that domain. A champion that does not fit the
+        spec cannot be compared with.
         """
-        from jobs.training.judge import decide, drift, score_and_embed
+        from jobs.training.judge import Verdict, decide, drift, score_and_embed
+        from jobs.training.whole import NotWholeError
 
-        learners: dict[str, Learner] = {}
-        for side, snapshot in (("candidate", candidate), ("champion", champion)):
-            if snapshot is not None:
-                learners[side] = self.learner()
-                learners[side].load(self.checkpoints.load(snapshot.id))
+        learners, unfit = {"candidate": self._whole(candidate)}, ""
+        if champion is not None:
+            try:
+                learners["champion"] = self._whole(champion)
+            except NotWholeError as misfit:
+                unfit = misfit.fact
+        domain = learners["candidate"].domain
         limits = self.preset.training.inference
-        rows = self._rows("held_out", self.day.today, limits=limits)
+        rows = self._rows("held_out", self.day.today, *learners.values())
         scored, embeddings = {}, {}
-        for side, found in score_and_embed(self.dataset, learners, rows, limits).items():
-            scored[side], embeddings[side] = found
-            domain = learners[side].domain
+        for side, (found, users) in score_and_embed(self.dataset, learners, rows, limits).items():
+            scored[side], embeddings[side] = self._known(learners[side], found), users
             if domain is not None:
                 scored[side] = scored[side].where(scored[side].domain == domain)
         moved = drift(embeddings["candidate"], embeddings.get("champion"))
-        return decide(
+        decided = decide(
             self.dataset, scored["candidate"], scored.get("champion"), candidate.base_rates(),
             moved, self.preset.gate,
         )  # fmt: skip
+        if unfit and decided["verdict"] == Verdict.NOT_JUDGED:
+            decided["reason"] = unfit
+        return decided
 
 
 def _label_counts(
@@ -377,7 +400,7 @@ def _label_counts(
     return counts
 
 
-def _training_record(dataset: Dataset, done: Progress, fresh: list[str]) -> dict[str, Any]:
+def _training_record(dataset: Dataset, done: Progress, learner: Learner) -> dict[str, Any]:
     seconds = max(done.seconds, 1e-9)
     return {
         "steps": done.steps,
@@ -393,7 +416,7 @@ def _training_record(dataset: Dataset, done: Progress, fresh: list[str]) -> dict
             for t, total, count in zip(dataset.tasks, done.loss_sum, done.labels, strict=False)
             if count
         },
-        "fresh_weights": fresh,
+        "fresh_weights": learner.taken.fresh(),
         "finished": int(time.time()),
     }
 

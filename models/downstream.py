@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.axes import blocks, linear, numbered
 from models.batch import Batch
 from models.features import FeaturePlan, member
-from models.history import bag_match_numbers, bag_match_width
-from models.interactions import PairwiseDots
+from models.history import bag_match_blocks, bag_match_numbers
+from models.interactions import DENSE, PairwiseDots
 from models.numbers import Standardise
 from models.tables import TableConfig, Tables
 from models.towers import TargetEncoder, UserEncoder, of_targets
@@ -94,18 +95,21 @@ class Downstream(nn.Module):
             vocabularies += [b.vocabulary for b in plan.bags]
         self.tables = Tables(vocabularies, config=config.tables, device=device)
         self.target = TargetEncoder(plan, dim)
-        n_tokens = self.target.n_tokens + 1
+        tokens = self.target.tokens
         self.user: UserEncoder | None = None
         if config.use_user_features:
             self.user = UserEncoder(plan, dim)
             self.user_dense = nn.Linear(dim, dim)
             if plan.bag_matches:
-                self.matches = Standardise(bag_match_width(plan))
-                self.match_dense = nn.Linear(bag_match_width(plan), dim, bias=False)
-            n_tokens += self.user.n_tokens
+                self.matches = Standardise(bag_match_blocks(plan))
+                self.match_dense = linear(bag_match_blocks(plan), dim, bias=False)
+            tokens += self.user.tokens
         standardised = config.sources if config.standardise else ()
         self.scaled = nn.ModuleDict(
-            {member(s.name): Standardise(s.embeddings * s.dim, log=False) for s in standardised}
+            {
+                member(s.name): Standardise(((s.name, s.embeddings * s.dim),), log=False)
+                for s in standardised
+            }
         )
         self.published = nn.ModuleDict(
             {member(s.name): nn.Linear(s.dim, dim, bias=False) for s in config.sources}
@@ -115,11 +119,13 @@ class Downstream(nn.Module):
         self.missing = nn.ParameterDict(
             {member(s.name): nn.Parameter(torch.zeros(s.embeddings, dim)) for s in config.sources}
         )
-        n_tokens += sum(s.embeddings for s in config.sources)
-        self.dots = PairwiseDots(n_tokens)
+        for source in config.sources:
+            tokens += numbered(source.name, source.embeddings)
+        tokens = (*tokens, DENSE)
+        self.dots = PairwiseDots(tokens)
         wide, narrow = config.hidden
         self.top = nn.Sequential(
-            nn.Linear(n_tokens * dim + self.dots.width, wide),
+            linear((*blocks(tokens, dim), *self.dots.outputs), wide),
             nn.ReLU(),
             nn.Linear(wide, narrow),
             nn.ReLU(),
@@ -154,7 +160,7 @@ class Downstream(nn.Module):
             expanded = of_targets(batch, joined)
             if self.user is not None:
                 # the user's dense embedding joins the target's: both are one token
-                last = self.user.n_tokens
+                last = len(self.user.tokens)
                 dense = dense + expanded[:, last]
                 if self.plan.bag_matches:
                     numbers = self.matches(bag_match_numbers(batch, self.plan))

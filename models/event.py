@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.axes import blocks, embedding, linear, roles
 from models.batch import Batch, Histories
 from models.clock import PHASES, gap_bucket, phases
 from models.features import FeaturePlan, member
@@ -43,12 +44,13 @@ class EventEncoder(nn.Module):
             {member(c.name): nn.Parameter(torch.randn(width, dim) * scale) for c in plan.event_ids}
         )
         if plan.event_numbers:
-            self.standardise = Standardise(len(plan.event_numbers))
-            self.numbers = nn.Linear(len(plan.event_numbers), width, bias=False)
+            numbers = blocks(roles("event", plan.event_numbers))
+            self.standardise = Standardise(numbers)
+            self.numbers = linear(numbers, width, bias=False)
         self.vectors = nn.ModuleDict(
             {member(name): nn.Linear(size, width, bias=False) for name, size in plan.event_vectors}
         )
-        self.stream = nn.Embedding(len(plan.streams), width)
+        self.stream = embedding(roles("stream", plan.streams), width)
         self.phase = nn.Linear(PHASES, width)
         self.gap = nn.Embedding(_GAP_BUCKETS + 1, width)
         for table in (self.stream, self.gap):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.attention_inputs import first_pairs
+from models.axes import Blocks, blocks, roles
 from models.batch import Batch
 from models.features import TARGET_ITEM, FeaturePlan, Match
 
@@ -79,6 +80,11 @@ def stream_numbers(batch: Batch, pairs: Pairs, at: Tensor, plan: FeaturePlan) ->
     return torch.cat(_count(batch, pairs, everything, at, len(plan.streams)), dim=1)
 
 
+def stream_blocks(plan: FeaturePlan) -> Blocks:
+    """The columns of `stream_numbers`."""
+    return blocks(f"{what}:{stream}" for what in ("count", "age") for stream in plan.streams)
+
+
 def match_numbers(batch: Batch, pairs: Pairs, plan: FeaturePlan) -> Tensor:
     """Per match and stream: visible events with the candidate's id, and minutes since the newest.
 
@@ -93,9 +99,19 @@ def match_numbers(batch: Batch, pairs: Pairs, plan: FeaturePlan) -> Tensor:
     return torch.cat(columns, dim=1)
 
 
-def match_width(plan: FeaturePlan) -> int:
-    """Columns of `match_numbers`."""
-    return 2 * sum(len(m.streams) for m in plan.matches)
+def match_blocks(plan: FeaturePlan) -> Blocks:
+    """The columns of `match_numbers`."""
+    return blocks(
+        f"{what}:{match_name(match)}:{plan.streams[stream]}"
+        for match in plan.matches
+        for what in ("count", "age")
+        for stream in match.streams
+    )
+
+
+def match_name(match: Match) -> str:
+    """The candidate's and the attribute's."""
+    return f"{match.candidate}={match.name}"
 
 
 def _count(
@@ -139,6 +155,6 @@ def bag_match_numbers(batch: Batch, plan: FeaturePlan) -> Tensor:
     return torch.cat(columns, dim=1)
 
 
-def bag_match_width(plan: FeaturePlan) -> int:
-    """Columns of `bag_match_numbers`."""
-    return 3 * len(plan.bag_matches)
+def bag_match_blocks(plan: FeaturePlan) -> Blocks:
+    """The columns of `bag_match_numbers`, 3 of each match."""
+    return blocks(roles("sparse", map(match_name, plan.bag_matches)), 3)

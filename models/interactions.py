@@ -5,16 +5,23 @@
 Each interaction takes a set of embeddings and gives a smaller set: stacked, the modules form a
 pyramid N_0 >> ... >> N_n. A new interaction is a class here and a name in INTERACTIONS.
 
+What goes in has names, one for each of the N embeddings (`models.axes`); what comes out has none.
+
 Shapes: B rows, N embeddings in, n embeddings out, D their dimension, C compressed embeddings.
 Every interaction is `(B, N, D) -> (B, n, D)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from models.axes import Blocks, blocks, linear, named, numbered, product
+
+DENSE = "dense"  # the dense embedding as one of the embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +44,10 @@ class InteractionConfig:
 class Compress(nn.Module):
     """Linear compression: n mixtures of N embeddings, (B, N, D) -> (B, n, D)."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, tokens: Sequence[str], n_out: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_out, n_in) * n_in**-0.5)
+        self.weight = nn.Parameter(torch.randn(n_out, len(tokens)) * len(tokens) ** -0.5)
+        named(self, weight={1: blocks(tokens)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight @ x  # (n, N) x (B, N, D) -> (B, n, D)
@@ -48,10 +56,12 @@ class Compress(nn.Module):
 class PairwiseDots(nn.Module):
     """The dot products of all pairs of N embeddings, (B, N, D) -> (B, N (N - 1) / 2)."""
 
-    def __init__(self, n_in: int) -> None:
+    def __init__(self, tokens: Sequence[str]) -> None:
         super().__init__()
-        self.register_buffer("_pairs", torch.triu_indices(n_in, n_in, 1), persistent=False)
-        self.width = self._pairs.shape[1]
+        n = len(tokens)
+        self.register_buffer("_pairs", torch.triu_indices(n, n, 1), persistent=False)
+        pairs = (sorted((tokens[i], tokens[j])) for i, j in self._pairs.T.tolist())
+        self.outputs: Blocks = blocks(f"{a} {b}" for a, b in pairs)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.bmm(x, x.transpose(1, 2))[:, self._pairs[0], self._pairs[1]]
@@ -60,11 +70,15 @@ class PairwiseDots(nn.Module):
 class MlpInteraction(nn.Module):
     """An MLP over the flattened embeddings."""
 
-    def __init__(self, n_in: int, n_out: int, dim: int, config: InteractionConfig) -> None:
+    def __init__(
+        self, tokens: Sequence[str], n_out: int, dim: int, config: InteractionConfig
+    ) -> None:
         super().__init__()
         self.n_out, self.dim = n_out, dim
         self.net = nn.Sequential(
-            nn.Linear(n_in * dim, config.hidden), nn.ReLU(), nn.Linear(config.hidden, n_out * dim)
+            linear(blocks(tokens, dim), config.hidden),
+            nn.ReLU(),
+            nn.Linear(config.hidden, n_out * dim),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,16 +92,18 @@ class DcnInteraction(nn.Module):
     to n embeddings.
     """
 
-    def __init__(self, n_in: int, n_out: int, dim: int, config: InteractionConfig) -> None:
+    def __init__(
+        self, tokens: Sequence[str], n_out: int, dim: int, config: InteractionConfig
+    ) -> None:
         super().__init__()
         self.n_out, self.dim = n_out, dim
-        width = n_in * dim
-        rank = min(config.cross_rank, width)
+        inputs = blocks(tokens, dim)
+        rank = min(config.cross_rank, len(tokens) * dim)
         self.down = nn.ModuleList(
-            nn.Linear(width, rank, bias=False) for _ in range(config.cross_layers)
+            linear(inputs, rank, bias=False) for _ in range(config.cross_layers)
         )
-        self.up = nn.ModuleList(nn.Linear(rank, width) for _ in range(config.cross_layers))
-        self.project = nn.Linear(width, n_out * dim)
+        self.up = nn.ModuleList(linear(rank, inputs) for _ in range(config.cross_layers))
+        self.project = linear(inputs, n_out * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x0 = x.flatten(1)
@@ -105,18 +121,25 @@ class DotInteraction(nn.Module):
     embeddings.
     """
 
-    def __init__(self, n_in: int, n_out: int, dim: int, config: InteractionConfig) -> None:
+    def __init__(
+        self, tokens: Sequence[str], n_out: int, dim: int, config: InteractionConfig
+    ) -> None:
         super().__init__()
-        self.n_in, self.n_out, self.dim = n_in, n_out, dim
-        self.k = min(config.compressed, n_in)
-        self.compress = Compress(n_in, self.k)
-        self.y = self._mlp(self.k * dim, config.hidden, n_in * self.k)
-        self.z = self._mlp(self.k * dim, config.hidden, dim * self.k)
-        self.project = nn.Linear(n_in * self.k, n_out * dim)
+        self.n_in, self.n_out, self.dim = len(tokens), n_out, dim
+        self.k = min(config.compressed, self.n_in)
+        # k follows from the number of tokens, so its axes have names too
+        mixtures, dims = numbered("mixture", self.k), numbered("dim", dim)
+        self.compress = named(
+            Compress(tokens, self.k), weight={0: blocks(mixtures), 1: blocks(tokens)}
+        )
+        inputs = blocks(mixtures, dim)
+        self.y = self._mlp(inputs, config.hidden, product(tokens, mixtures))
+        self.z = self._mlp(inputs, config.hidden, product(dims, mixtures))
+        self.project = linear(product(tokens, mixtures), n_out * dim)
 
     @staticmethod
-    def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
+    def _mlp(inputs: Blocks, hidden: int, outputs: Blocks) -> nn.Sequential:
+        return nn.Sequential(linear(inputs, hidden), nn.ReLU(), linear(hidden, outputs))
 
     def attention(self, x: Tensor) -> Tensor:
         """X (X^T Y + Z), (B, N, k)."""
@@ -136,17 +159,20 @@ class MixerInteraction(nn.Module):
     pre-normalised and residual.
     """
 
-    def __init__(self, n_in: int, n_out: int, dim: int, config: InteractionConfig) -> None:
+    def __init__(
+        self, tokens: Sequence[str], n_out: int, dim: int, config: InteractionConfig
+    ) -> None:
         super().__init__()
         self.token_norm = nn.LayerNorm(dim)
+        inputs = blocks(tokens)
         self.token = nn.Sequential(
-            nn.Linear(n_in, config.hidden), nn.GELU(), nn.Linear(config.hidden, n_in)
+            linear(inputs, config.hidden), nn.GELU(), linear(config.hidden, inputs)
         )
         self.channel_norm = nn.LayerNorm(dim)
         self.channel = nn.Sequential(
             nn.Linear(dim, config.hidden), nn.GELU(), nn.Linear(config.hidden, dim)
         )
-        self.compress = Compress(n_in, n_out)
+        self.compress = Compress(tokens, n_out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.token(self.token_norm(x).transpose(1, 2)).transpose(1, 2)
@@ -165,13 +191,13 @@ INTERACTIONS: dict[str, type[nn.Module]] = {
 class Residual(nn.Module):
     """The way around the interactions: a linear compression plus an MLP across the embeddings."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, tokens: Sequence[str], n_out: int) -> None:
         super().__init__()
-        self.compress = Compress(n_in, n_out)
+        self.compress = Compress(tokens, n_out)
         hidden = 2 * n_out
         # no bias at the end: one number for all of an embedding, the norm behind it takes away again
         last = nn.Linear(hidden, n_out, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), last)
+        self.mlp = nn.Sequential(linear(blocks(tokens), hidden), nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compress(x) + self.mlp(x.transpose(1, 2)).transpose(1, 2)
@@ -184,7 +210,7 @@ class InteractionModule(nn.Module):
     are shared equally among the interactions and the residual, which takes what is left over.
 
     Args:
-        n_in: N, without the dense embedding.
+        tokens: names of the N embeddings, without the dense one.
         n_out: n, at least one for every interaction and one for the residual.
         dim: D.
         interactions: names in INTERACTIONS, run in parallel.
@@ -193,7 +219,7 @@ class InteractionModule(nn.Module):
 
     def __init__(
         self,
-        n_in: int,
+        tokens: Sequence[str],
         n_out: int,
         dim: int,
         *,
@@ -211,9 +237,12 @@ class InteractionModule(nn.Module):
             )
         share = n_out // branches
         self.interactions = nn.ModuleDict(
-            {name: INTERACTIONS[name](n_in + 1, share, dim, config) for name in interactions}
+            {
+                name: INTERACTIONS[name]((*tokens, DENSE), share, dim, config)
+                for name in interactions
+            }
         )
-        self.residual = Residual(n_in, n_out - share * len(interactions))
+        self.residual = Residual(tokens, n_out - share * len(interactions))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, dense: Tensor) -> Tensor:
@@ -227,14 +256,14 @@ class Pyramid(nn.Module):
     """Interaction modules on top of each other, each with fewer embeddings than the one below.
 
     Args:
-        n_in: N_0.
+        tokens: names of the N_0 embeddings.
         sizes: embeddings after each module.
         dim, interactions, config: as of `InteractionModule`.
     """
 
     def __init__(
         self,
-        n_in: int,
+        tokens: Sequence[str],
         sizes: tuple[int, ...],
         dim: int,
         *,
@@ -244,11 +273,12 @@ class Pyramid(nn.Module):
         super().__init__()
         if not sizes:
             raise ValueError("sizes is empty: a pyramid has one interaction module or more")
+        inputs = [tuple(tokens), *(numbered("mixed", size) for size in sizes[:-1])]
         self.layers = nn.ModuleList(
             InteractionModule(below, above, dim, interactions=interactions, config=config)
-            for below, above in zip((n_in, *sizes[:-1]), sizes, strict=True)
+            for below, above in zip(inputs, sizes, strict=True)
         )
-        self.n_out = sizes[-1]
+        self.outputs = numbered("mixed", sizes[-1])
 
     def forward(self, x: Tensor, dense: Tensor) -> Tensor:
         """(B, N_0, D) and (B, D) -> (B, N_n, D)."""

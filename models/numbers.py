@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.axes import Blocks, length, named
+
 _KNOTS = (-1.5, -0.75, 0.0, 0.75, 1.5, 2.5)
 HINGES = 1 + len(_KNOTS)
 
@@ -30,6 +32,11 @@ def hinges(values: Tensor) -> Tensor:
     return torch.cat([values, torch.relu(values[:, :, None] - knots).flatten(1)], dim=1)
 
 
+def hinged(numbers: Blocks) -> Blocks:
+    """The blocks of what `hinges` makes of numbers with these."""
+    return (*numbers, *((f"{name} hinges", n * len(_KNOTS)) for name, n in numbers))
+
+
 class Standardise(nn.Module):
     """Features standardised by running statistics, log-squashed before that, missing ones 0.
 
@@ -37,22 +44,24 @@ class Standardise(nn.Module):
     comes out for a row does not depend on the rows beside it. They are part of the state.
 
     Args:
-        features: F.
+        features: blocks of F numbers.
         log: squash them first; not what is of one scale already.
         momentum: weight of a new batch once the average has warmed up.
         limit: values are clamped to +-limit standard deviations.
     """
 
     def __init__(
-        self, features: int, *, log: bool = True, momentum: float = 0.02, limit: float = 6.0
+        self, features: Blocks, *, log: bool = True, momentum: float = 0.02, limit: float = 6.0
     ) -> None:
         super().__init__()
         self.log = log
         self.momentum = momentum
         self.limit = limit
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("square", torch.ones(features))
-        self.register_buffer("batches", torch.zeros(features))
+        count = length(features)
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("square", torch.ones(count))
+        self.register_buffer("batches", torch.zeros(count))
+        named(self, mean={0: features}, square={0: features}, batches={0: features})
 
     def forward(self, values: Tensor, present: Tensor | None = None) -> Tensor:
         """Standardise.

@@ -19,20 +19,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.axes import Blocks, blocks, embedding, linear, roles
 from models.batch import Batch
 from models.features import TARGET_ITEM, FeaturePlan
-from models.history import Pairs, equal_ids, pair_ids
-from models.numbers import HINGES, Standardise, hinges
+from models.history import Pairs, equal_ids, match_name, pair_ids
+from models.numbers import Standardise, hinged, hinges
 
 _LARGEST = 30.0  # of a value, before exp
 _SECOND_US = 1_000_000
 _NEWEST = 3
-_REDUCED = 5  # ways in which a number of the pairs becomes one of the target
+# in which ways a number of the pairs becomes one of the target
+_REDUCED = ("newest", "lately", "largest", "least", "mean")
 
 
 class PairInputs(NamedTuple):
-    """of_pairs (P, `PairNumbers.width`), what an MLP reads of each pair; summaries
-    (T, `PairNumbers.summaries`), of all pairs of a target; float32."""
+    """of_pairs (P, F), what an MLP reads of each pair, `PairNumbers.inputs`; summaries (T, G) of all
+    pairs of a target, `PairNumbers.summaries`; float32."""
 
     of_pairs: Tensor
     summaries: Tensor
@@ -48,16 +50,18 @@ class PairNumbers(nn.Module):
     def __init__(self, plan: FeaturePlan) -> None:
         super().__init__()
         self.plan = plan
-        self.distant = [
-            m for m in plan.matches if plan.ordered_items and m.candidate == TARGET_ITEM
-        ]
+        self.distant = [m for m in plan.matches if plan.ordered_items and m.candidate == TARGET_ITEM]
         self.carriers = [m.name for m in plan.matches if m.candidate == TARGET_ITEM]
-        numbers = len(plan.pair_numbers) + len(self.distant) + 2
-        self.standardise = Standardise(numbers)
-        self.sums = Standardise(len(plan.pair_numbers))
-        self.width = HINGES * numbers + len(plan.matches)
-        reduced = _REDUCED * numbers + len(plan.pair_numbers)
-        self.summaries = HINGES * reduced if self.carriers else 0
+        known = roles("pair", plan.pair_numbers)
+        numbers = (*known, *roles("distance", map(match_name, self.distant)), "age", "newer")
+        self.standardise = Standardise(blocks(numbers))
+        self.sums = Standardise(blocks(known))
+        equal = roles("equal", map(match_name, plan.matches))
+        self.inputs: Blocks = (*hinged(blocks(numbers)), *blocks(equal))
+        self.summaries: Blocks = ()
+        if self.carriers:
+            reduced = [f"{name} {how}" for how in _REDUCED for name in numbers]
+            self.summaries = hinged(blocks([*reduced, *(f"{name} sum" for name in known)]))
 
     def forward(self, batch: Batch, pairs: Pairs) -> PairInputs:
         """What is known of the pairs and, in sum, of each target."""
@@ -130,19 +134,19 @@ class PairEncoder(nn.Module):
 
     Args:
         plan: the features.
-        inputs: of a pair, `PairNumbers.width`.
+        inputs: of a pair, `PairNumbers.inputs`.
         heads: G, biases of a pair.
         width: V, of the summary.
         hidden: width of the MLP.
     """
 
     def __init__(
-        self, plan: FeaturePlan, inputs: int, *, heads: int, width: int = 32, hidden: int = 48
+        self, plan: FeaturePlan, inputs: Blocks, *, heads: int, width: int = 32, hidden: int = 48
     ) -> None:
         super().__init__()
         self.width = width
-        self.numbers = nn.Linear(inputs, hidden)
-        self.stream = nn.Embedding(len(plan.streams), hidden)
+        self.numbers = linear(inputs, hidden)
+        self.stream = embedding(roles("stream", plan.streams), hidden)
         nn.init.normal_(self.stream.weight, std=0.1)
         self.hidden = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         self.bias = nn.Linear(hidden, heads, bias=False)

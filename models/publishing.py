@@ -15,10 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.axes import blocks, linear, named, numbered, roles
 from models.batch import Batch
 from models.clock import DAY_US
 from models.features import FeaturePlan
-from models.history import Pairs, stream_numbers, visible_pairs
+from models.history import Pairs, match_name, stream_blocks, stream_numbers, visible_pairs
 from models.numbers import Standardise
 from models.reader import AttentionPooling
 from models.sequence_config import SequenceConfig
@@ -44,11 +45,10 @@ class RecencyBags(nn.Module):
         self.scale = scale
         self.stream = nn.Parameter(torch.zeros(len(self.attributes), len(plan.streams)))
         self.log_rate = nn.Parameter(torch.full((len(self.attributes),), -1.0))
-
-    @property
-    def bags(self) -> int:
-        """B."""
-        return len(self.attributes)
+        self.tokens = roles("bag", map(match_name, plan.matches))
+        streams = blocks(roles("stream", plan.streams))
+        bags = blocks(self.tokens)
+        named(self, stream={0: bags, 1: streams}, log_rate={0: bags})
 
     def forward(self, batch: Batch, embeddings: list[Tensor], pairs: Pairs, at: Tensor) -> Tensor:
         """Bags.
@@ -91,19 +91,20 @@ class UserHead(nn.Module):
         self.plan, self.shape = plan, (config.embeddings, config.dim)
         self.pooling = AttentionPooling.of(config)
         self.query = nn.Parameter(torch.randn(self.pooling.query_width) * 0.1)
-        self.history = Standardise(2 * len(plan.streams))
-        self.bags, tokens = None, config.queries
+        history = stream_blocks(plan)
+        self.history = Standardise(history)
+        self.bags, tokens = None, numbered("pooled", config.queries)
         if config.bags and plan.matches:
             # rows of the tables start uniform: a bag of one id then has unit size, as what is pooled has
             self.bags = RecencyBags(plan, scale=3**0.5 / config.tables.init_scale)
-            tokens += self.bags.bags
-        n_in, n_out = tokens * config.dim, config.embeddings * config.dim
-        self.mixed = mlp(n_in + 2 * len(plan.streams), 2 * config.width, n_out)
+            tokens += self.bags.tokens
+        inputs, n_out = blocks(tokens, config.dim), config.embeddings * config.dim
+        self.mixed = mlp((*inputs, *history), 2 * config.width, n_out)
         # a straight way: through the MLP alone what was pooled is found several times later
-        self.straight = nn.Linear(n_in, n_out, bias=False)
+        self.straight = linear(inputs, n_out, bias=False)
         with torch.no_grad():
-            ways = self.straight.weight.view(config.embeddings, config.dim, tokens, config.dim)
-            for i, bag in enumerate(range(config.queries, tokens)):
+            ways = self.straight.weight.view(config.embeddings, config.dim, len(tokens), config.dim)
+            for i, bag in enumerate(range(config.queries, len(tokens))):
                 ways[i % config.embeddings, :, bag] += torch.eye(config.dim)
         self.norm = nn.LayerNorm(config.dim)
 

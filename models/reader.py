@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from models.attention import RecencyBias, prefix_attention
 from models.attention_inputs import Null
+from models.axes import Blocks, blocks, linear, numbered
 from models.batch import Batch
 from models.features import FeaturePlan
-from models.history import Pairs, match_numbers, match_width, stream_numbers
-from models.numbers import HINGES, Standardise, hinges
+from models.history import Pairs, match_blocks, match_numbers, stream_blocks, stream_numbers
+from models.interactions import DENSE
+from models.numbers import Standardise, hinged, hinges
 from models.pairs import PairEncoder, PairNumbers
 from models.sequence_config import SequenceConfig
 from models.towers import MixTower, TargetEncoder, mlp
@@ -111,13 +113,13 @@ class HistoryNumbers(nn.Module):
     def __init__(self, plan: FeaturePlan, config: SequenceConfig) -> None:
         super().__init__()
         self.plan = plan
-        numbers = 2 * len(plan.streams) + match_width(plan) if config.matches else 0
-        self.counts = Standardise(numbers) if config.matches else None
+        counts = stream_blocks(plan) + match_blocks(plan) if config.matches else ()
+        self.counts = Standardise(counts) if config.matches else None
         self.pairs = PairNumbers(plan) if config.pairs else None
-        self.width = HINGES * numbers + (0 if self.pairs is None else self.pairs.summaries)
+        self.inputs: Blocks = hinged(counts) + (() if self.pairs is None else self.pairs.summaries)
 
     def forward(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
-        """(T, width) float32; and the inputs of `PairEncoder`, (P, W) float32, if there is one."""
+        """(T, F) float32; and the inputs of `PairEncoder`, (P, W) float32, if there is one."""
         columns = [torch.zeros(batch.targets, 0, device=batch.as_of.device)]
         if self.counts is not None:
             exact = [
@@ -166,8 +168,8 @@ class Reader(nn.Module):
         config: its shape.
         target: the encoder of targets, which is not a part of it.
         history: what is counted and known, neither.
-        known: width of `Read.known`; 0: it is not read.
-        user_tokens: L, embeddings of the user's nightly features; 0 without.
+        known: of `Read.known`; none: it is not read.
+        user_tokens: names of the L embeddings of the user's nightly features; none without.
     """
 
     def __init__(
@@ -177,31 +179,34 @@ class Reader(nn.Module):
         *,
         target: TargetEncoder,
         history: HistoryNumbers,
-        known: int,
-        user_tokens: int,
+        known: Blocks,
+        user_tokens: tuple[str, ...],
     ) -> None:
         super().__init__()
         dim, width = config.dim, config.width
         self.pooling = AttentionPooling.of(config)
-        self.query = mlp((target.n_tokens + 1) * dim, 2 * width, self.pooling.query_width)
+        of_target = blocks((*target.tokens, DENSE), dim)
+        self.query = mlp(of_target, 2 * width, self.pooling.query_width)
         self.pairs, self.related = None, None
         if history.pairs is not None:
             heads = config.heads * config.queries
-            self.pairs = PairEncoder(plan, history.pairs.width, heads=heads)
+            self.pairs = PairEncoder(plan, history.pairs.inputs, heads=heads)
             self.related = nn.Linear(self.pairs.width, dim)
         self.numbers, self.newest = None, None
         if known:
             hidden = config.numbers
-            self.numbers = nn.Sequential(
-                nn.Linear(known, hidden), nn.ReLU(), mlp(hidden, hidden, dim)
-            )
+            self.numbers = nn.Sequential(linear(known, hidden), nn.ReLU(), mlp(hidden, hidden, dim))
         if config.newest:
             self.newest = nn.Linear(config.newest * width, dim)
-        more = (self.related, self.numbers, self.newest)
-        extra = sum(x is not None for x in more) + user_tokens
-        self.mix_tower = MixTower(
-            target.n_tokens + config.queries + extra, dim, len(plan.tasks), config=config.mix
-        )
+        tokens = [
+            *target.tokens,
+            *(() if self.related is None else ("related",)),
+            *numbered("pooled", config.queries),
+            *(() if self.numbers is None else ("known",)),
+            *(() if self.newest is None else ("newest",)),
+            *user_tokens,
+        ]
+        self.mix_tower = MixTower(tokens, dim, plan.tasks, config=config.mix)
 
     def forward(self, batch: Batch, read: Read) -> Tensor:
         """Logits (T, n_tasks)."""

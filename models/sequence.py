@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.axes import Blocks, blocks, numbered
 from models.batch import Batch
 from models.clock import DAY_US
 from models.encoders import layer
@@ -67,10 +68,12 @@ class Sequence(nn.Module):
         self.target = TargetEncoder(plan, dim)
 
         self.history = HistoryNumbers(plan, config)
-        known = 0
-        if self.history.width:
-            known = self.target.width + self.target.n_tokens * dim + config.newest * width
-            known += self.history.width + (0 if user_side is None else user_side.width)
+        known: Blocks = ()
+        if self.history.inputs:
+            newest = blocks(numbered("newest", config.newest), width)
+            known = self.target.inputs + self.history.inputs
+            known += blocks(self.target.tokens, dim) + newest
+            known += () if user_side is None else user_side.inputs
         self.readers = nn.ModuleList(
             Reader(
                 plan,
@@ -78,14 +81,15 @@ class Sequence(nn.Module):
                 target=self.target,
                 history=self.history,
                 known=known,
-                user_tokens=0 if user_side is None else user_side.n_tokens,
+                user_tokens=() if user_side is None else user_side.tokens,
             )
             for _ in range(config.members)
         )
 
         self.user_head = UserHead(plan, config)
+        published = numbered("embedding", config.embeddings)
         self.user_mix_tower = MixTower(
-            self.target.n_tokens + config.embeddings, dim, len(plan.tasks), config=config.user_mix
+            self.target.tokens + published, dim, plan.tasks, config=config.user_mix
         )
         self.to(device)
 

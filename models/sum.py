@@ -8,15 +8,17 @@ The user tower runs once per row; only its K embeddings are expanded to the row'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from models.axes import Blocks, numbered
 from models.batch import Batch
 from models.features import FeaturePlan
 from models.interactions import Compress, InteractionConfig, Pyramid
-from models.numbers import HINGES, hinges
+from models.numbers import hinged, hinges
 from models.outputs import Outputs
 from models.tables import Lookup, TableConfig, Tables
 from models.towers import (
@@ -81,12 +83,14 @@ class UserTower(nn.Module):
     The norm keeps what is published within the range of fp16 and on one scale from day to day.
     """
 
-    def __init__(self, n_in: int, dim: int, *, embeddings: int, config: TowerConfig) -> None:
+    def __init__(
+        self, tokens: Sequence[str], dim: int, *, embeddings: int, config: TowerConfig
+    ) -> None:
         super().__init__()
         self.pyramid = Pyramid(
-            n_in, config.sizes, dim, interactions=config.interactions, config=config.inside
+            tokens, config.sizes, dim, interactions=config.interactions, config=config.inside
         )
-        self.compress = Compress(self.pyramid.n_out, embeddings)
+        self.compress = Compress(self.pyramid.outputs, embeddings)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, dense: Tensor) -> Tensor:
@@ -116,9 +120,9 @@ class UserSide(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = UserEncoder(plan, dim, dense_tokens=dense_tokens)
-        self.tower = UserTower(self.encoder.n_tokens, dim, embeddings=embeddings, config=config)
-        self.n_tokens = embeddings
-        self.width = HINGES * (len(plan.user_numbers) + 1)
+        self.tower = UserTower(self.encoder.tokens, dim, embeddings=embeddings, config=config)
+        self.tokens = numbered("nightly", embeddings)
+        self.inputs: Blocks = hinged(self.encoder.inputs)
         ids = [u.vocabulary for u in plan.user_ids]
         self.vocabularies = ids + [b.vocabulary for b in plan.bags]
 
@@ -127,7 +131,7 @@ class UserSide(nn.Module):
         return self.encoder.lookups(batch)
 
     def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of each target's user: the L embeddings (T, L, D), and numbers (T, width) float32."""
+        """Of each target's user: the L embeddings (T, L, D), and numbers (T, F) float32."""
         numbers = self.encoder.numbers(batch)
         users = self.tower(*self.encoder(batch, embeddings, numbers))
         return of_targets(batch, users), hinges(numbers).index_select(0, batch.row_of_target)
@@ -156,12 +160,12 @@ class Sum(nn.Module):
         self.user = UserEncoder(plan, config.dim, dense_tokens=config.dense_tokens)
         self.target = TargetEncoder(plan, config.dim)
         self.user_tower = UserTower(
-            self.user.n_tokens, config.dim, embeddings=config.embeddings, config=config.user
+            self.user.tokens, config.dim, embeddings=config.embeddings, config=config.user
         )
         self.mix_tower = MixTower(
-            self.target.n_tokens + config.embeddings,
+            self.target.tokens + numbered("embedding", config.embeddings),
             config.dim,
-            len(plan.tasks),
+            plan.tasks,
             config=config.mix,
         )
         self.to(device)

@@ -7,17 +7,19 @@ and asks its tables once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from models.axes import TASK, Blocks, blocks, embedding, linear, numbered, roles
 from models.batch import Batch
 from models.clock import PHASES, phases
-from models.features import FeaturePlan
+from models.features import Bag, Category, FeaturePlan
 from models.history import candidate_ids
 from models.interactions import InteractionConfig, PairwiseDots, Pyramid
-from models.numbers import HINGES, Standardise, hinges
+from models.numbers import Standardise, hinged, hinges
 from models.tables import Lookup, bag_weights
 
 _FIRST_WEIGHT = 0.3  # of a direct dot product
@@ -49,9 +51,14 @@ class MixConfig(TowerConfig):
     direct: bool = False
 
 
-def mlp(n_in: int, hidden: int, n_out: int) -> nn.Sequential:
+def mlp(inputs: Blocks | int, hidden: int, outputs: Blocks | int) -> nn.Sequential:
     """Two linear layers with a ReLU between."""
-    return nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
+    return nn.Sequential(linear(inputs, hidden), nn.ReLU(), linear(hidden, outputs))
+
+
+def looked_up(role: str, features: Iterable[Category | Bag]) -> tuple[str, ...]:
+    """Names of the tokens that are looked up for these: one that moves to another table is another."""
+    return roles(role, (f"{f.name}@{f.vocabulary}" for f in features))
 
 
 def of_targets(batch: Batch, users: Tensor) -> Tensor:
@@ -75,20 +82,20 @@ class TargetEncoder(nn.Module):
     def __init__(self, plan: FeaturePlan, dim: int, *, hidden: int = 64) -> None:
         super().__init__()
         self.plan = plan
-        self.kind = nn.Embedding(len(plan.target_kinds), dim)
+        self.kind = embedding(roles("target", plan.target_kinds), dim)
         nn.init.normal_(self.kind.weight, std=0.1)
-        numbers = len(plan.context_numbers) + len(plan.item_numbers)
-        self.standardise = Standardise(numbers)
-        self.width = HINGES * numbers + PHASES
-        self.dense = mlp(self.width, hidden, dim)
-        self.n_tokens = len(plan.candidates) + 1
+        numbers = roles("context", plan.context_numbers) + roles("item", plan.item_numbers)
+        self.standardise = Standardise(blocks(numbers))
+        self.inputs: Blocks = (*hinged(blocks(numbers)), ("phases", PHASES))
+        self.dense = mlp(self.inputs, hidden, dim)
+        self.tokens = (*looked_up("candidate", plan.candidates), "kind")
 
     def lookups(self, batch: Batch) -> list[Lookup]:
         """One per candidate feature, T embeddings each."""
         return [Lookup(c.vocabulary, candidate_ids(batch, c.name)) for c in self.plan.candidates]
 
     def numbers(self, batch: Batch) -> Tensor:
-        """(T, width) float32."""
+        """(T, F) float32, as `inputs` says."""
         context = [batch.context_floats[n][:, None] for n in self.plan.context_numbers]
         raw = torch.cat([*context, batch.item_features[:, : len(self.plan.item_numbers)]], dim=1)
         return torch.cat([hinges(self.standardise(raw)), phases(batch.as_of)], dim=1)
@@ -96,7 +103,7 @@ class TargetEncoder(nn.Module):
     def forward(
         self, batch: Batch, embeddings: list[Tensor], numbers: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (T, n_tokens, D) and the dense embedding (T, D); `numbers` where they are known."""
+        """Tokens (T, n, D) and the dense embedding (T, D); `numbers` where they are known."""
         kind = self.kind(batch.target_kind)
         numbers = self.numbers(batch) if numbers is None else numbers
         return torch.stack([*embeddings, kind], dim=1), self.dense(numbers)
@@ -121,9 +128,15 @@ class UserEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.plan, self.dim, self.dense_tokens = plan, dim, dense_tokens
-        self.standardise = Standardise(len(plan.user_numbers))
-        self.dense = mlp(len(plan.user_numbers) + 1, hidden, (dense_tokens + 1) * dim)
-        self.n_tokens = len(plan.user_ids) + len(plan.bags) + dense_tokens
+        numbers = blocks(roles("dense", plan.user_numbers))
+        self.standardise = Standardise(numbers)
+        self.inputs: Blocks = (*numbers, ("has_aggregates", 1))
+        self.dense = mlp(self.inputs, hidden, (dense_tokens + 1) * dim)
+        self.tokens = (
+            *looked_up("user", plan.user_ids),
+            *looked_up("sparse", plan.bags),
+            *numbered("numbers", dense_tokens),
+        )
 
     def lookups(self, batch: Batch) -> list[Lookup]:
         """One per user attribute and sparse feature, R embeddings each."""
@@ -141,7 +154,7 @@ class UserEncoder(nn.Module):
     def forward(
         self, batch: Batch, embeddings: list[Tensor], numbers: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (R, n_tokens, D) and the dense embedding (R, D); `numbers` where they are known."""
+        """Tokens (R, n, D) and the dense embedding (R, D); `numbers` where they are known."""
         numbers = self.numbers(batch) if numbers is None else numbers
         outputs = self.dense(numbers).unflatten(1, (self.dense_tokens + 1, self.dim))
         looked_up = [e[:, None] for e in embeddings]
@@ -156,25 +169,32 @@ class MixTower(nn.Module):
     steps on, where it would have to pass the modules in both directions before.
 
     Args:
-        n_in: tokens.
+        tokens: names of the n_in tokens.
         dim: D.
-        n_tasks: logits per target.
+        tasks: names of the n_tasks logits of a target.
         config: the interaction modules.
         hidden: width of the layer before the logits.
     """
 
     def __init__(
-        self, n_in: int, dim: int, n_tasks: int, *, config: MixConfig, hidden: int = 64
+        self,
+        tokens: Sequence[str],
+        dim: int,
+        tasks: Sequence[str],
+        *,
+        config: MixConfig,
+        hidden: int = 64,
     ) -> None:
         super().__init__()
         self.pyramid = Pyramid(
-            n_in, config.sizes, dim, interactions=config.interactions, config=config.inside
+            tokens, config.sizes, dim, interactions=config.interactions, config=config.inside
         )
-        self.head = mlp(self.pyramid.n_out * dim, hidden, n_tasks)
+        logits = blocks(roles(TASK, tasks))
+        self.head = mlp(len(self.pyramid.outputs) * dim, hidden, logits)
         self.pairs: nn.Linear | None = None
         if config.direct:
-            self.dots = PairwiseDots(n_in)
-            self.pairs = nn.Linear(self.dots.width, n_tasks, bias=False)
+            self.dots = PairwiseDots(tokens)
+            self.pairs = linear(self.dots.outputs, logits, bias=False)
             nn.init.constant_(self.pairs.weight, _FIRST_WEIGHT)
 
     def forward(self, tokens: Tensor, dense: Tensor) -> Tensor:

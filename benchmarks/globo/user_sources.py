@@ -43,6 +43,7 @@ from jobs.training.ids import int64_ids, seed_of
 from jobs.training.loader import user_batches
 from jobs.training.loop import Learner, choose_device
 from jobs.training.presets import Preset, preset
+from jobs.training.whole import whole_learner
 from models.batch import Batch
 from models.downstream import Published
 from models.history import visible_pairs
@@ -222,19 +223,14 @@ class Snapshots:
         return {ds: self._checkpoints.require_champion(ds).id for ds in days}
 
     def learner(self, ds: str) -> Learner:
-        """That of `ds`; it is the same object for every day."""
+        """That of `ds`."""
         champion = self._checkpoints.require_champion(ds)
-        self._learner.load(self._checkpoints.load(champion.id))
-        return self._learner
+        return whole_learner(self.dataset, self._checkpoints, champion, ds=ds)
 
     @property
     def _checkpoints(self) -> Checkpoints:
         home = self.settings.snapshot_dir(self.dataset.name, self.model, self.dataset.first_day)
         return Checkpoints(home.parent)
-
-    @cached_property
-    def _learner(self) -> Learner:
-        return Learner(self.dataset, self.preset, choose_device())
 
 
 @dataclass(frozen=True, kw_only=True)

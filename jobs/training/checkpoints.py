@@ -2,14 +2,16 @@
 
     <home>/models/<dataset>/<model>/<ds>/
         <snapshot id>/            atomic: written beside and renamed
-            state.pt              weights, and both optimizers' state, by parameter and table name
+            state.pt              weights and optimizers' state by name, and the names of their inputs
             snapshot.json         config, spec hash, inputs, parent, labels seen, hash of the weights
         progress.pt               of an interrupted training; gone when it is done
         champion.json             the snapshot that publishes ds and starts ds + 1
         evaluation.parquet, result.json    see jobs/train_upstream.py
 
 A snapshot's id ends in a hash of its weights: the same training gives the same id, on whatever
-Delta versions its inputs happen to lie. Snapshots are never overwritten and never removed.
+Delta versions its inputs happen to lie. Snapshots are never removed, and overwritten only where what lies
+there is damaged: the two files of state end in the SHA-256 of what comes before it, and `snapshot.json` holds
+its own. Damage is an error that names the day to train again; of `progress.pt` it costs the progress.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATE, SNAPSHOT, PROGRESS, CHAMPION = "state.pt", "snapshot.json", "progress.pt", "champion.json"
+_SUM, _DIGEST_BYTES = "sha256", 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,77 +96,104 @@ class Checkpoints:
         Raises:
             DataError: there is none.
         """
-        for found in self.root.glob(f"*/{snapshot}/{SNAPSHOT}"):
-            return found.parent
+        for found in self.root.glob(f"*/{snapshot}"):
+            return found
         raise DataError(
             f"snapshot is {snapshot!r}: {self.root} has none of that id; train its day again"
         )
 
     def get(self, snapshot: str) -> Snapshot:
-        """What is known about the snapshot with this id."""
-        return Snapshot(**json.loads((self.path(snapshot) / SNAPSHOT).read_text()))
+        """What is known about the snapshot with this id.
+
+        Raises:
+            DataError: there is none, or its record is damaged.
+        """
+        path = self.path(snapshot)
+        found = _read_record(path / SNAPSHOT)
+        if found is None:
+            raise self._damaged(f"snapshot {snapshot}", path.parent.name, path / SNAPSHOT)
+        return found
 
     def snapshots(self, ds: str) -> list[Snapshot]:
-        """Every snapshot that was ever trained on `ds`, by id."""
-        found = sorted(self.day(ds).glob(f"*/{SNAPSHOT}"))
-        return [Snapshot(**json.loads(f.read_text())) for f in found]
+        """Every snapshot that was ever trained on `ds` and whose record can be read, by id."""
+        found = map(_read_record, sorted(self.day(ds).glob(f"*/{SNAPSHOT}")))
+        return [snapshot for snapshot in found if snapshot is not None]
 
     def trained(self, ds: str, run_hash: str) -> Snapshot | None:
-        """The snapshot that this very training gave before, if it was completed."""
-        return next((s for s in self.snapshots(ds) if s.run_hash == run_hash), None)
+        """The snapshot that this very training gave before, if it was completed and is not damaged."""
+        mine = (s for s in self.snapshots(ds) if s.run_hash == run_hash)
+        return next((s for s in mine if is_whole(self.day(ds) / s.id / STATE)), None)
 
     def save(self, snapshot: Snapshot, state: Mapping[str, Any]) -> Path:
-        """Write a snapshot; one that is there already keeps its weights and gets the new record."""
-        import torch
-
+        """Write a snapshot; whole weights that are there already are kept, and get the new record."""
         day = self.day(snapshot.ds)
         day.mkdir(parents=True, exist_ok=True)
         final = day / snapshot.id
-        record = json.dumps(asdict(snapshot), indent=1, sort_keys=True)
-        if (final / SNAPSHOT).exists():
-            write_atomically(final / SNAPSHOT, record.encode())
+        if is_whole(final / STATE):
+            write_atomically(final / SNAPSHOT, _record(snapshot))
             return final
         staging = day / f".{snapshot.id}-{uuid.uuid4().hex[:8]}"
         staging.mkdir()
         try:
-            torch.save(dict(state), staging / STATE)
-            (staging / SNAPSHOT).write_text(record)
+            write_state(staging / STATE, state)
+            (staging / SNAPSHOT).write_bytes(_record(snapshot))
             for name in (STATE, SNAPSHOT):
                 _sync(staging / name)
             try:
                 os.rename(staging, final)
-            except OSError:  # the same training, run twice at once, was faster
-                if not (final / SNAPSHOT).exists():
+            except OSError:  # damaged; or the same training, run twice at once, was faster
+                if not final.is_dir():
                     raise
+                for name in (STATE, SNAPSHOT):
+                    os.replace(staging / name, final / name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return final
 
     def load(self, snapshot: str) -> dict[str, Any]:
-        """The state of a snapshot, on the CPU."""
-        import torch
+        """The state of a snapshot, on the CPU.
 
-        return torch.load(self.path(snapshot) / STATE, map_location="cpu", weights_only=True)
+        Raises:
+            DataError: there is no such snapshot, or its state is damaged.
+        """
+        path = self.path(snapshot)
+        state = read_state(path / STATE)
+        if state is None:
+            raise self._damaged(f"snapshot {snapshot}", path.parent.name, path / STATE)
+        return state
+
+    def command(self, ds: str) -> str:
+        """What trains `ds`."""
+        dataset, model = self.root.parts[-2:]
+        return f"python -m jobs train_upstream --dataset {dataset} --model {model} --ds {ds}"
+
+    def _damaged(self, what: str, ds: str, path: Path) -> DataError:
+        return DataError(
+            f"{what} is damaged: {path} is not what the training of {ds} wrote; run "
+            f"{self.command(ds)}, which gives the same again"
+        )
 
     # ---- training that was interrupted
 
     def save_progress(self, ds: str, state: Mapping[str, Any]) -> None:
         """Keep the state of a training that goes on; replaces the one before in one step."""
-        import torch
-
         day = self.day(ds)
         day.mkdir(parents=True, exist_ok=True)
         with replacing(day / PROGRESS) as staging:
-            torch.save(dict(state), staging)
+            write_state(staging, state)
 
     def load_progress(self, ds: str, run_hash: str) -> dict[str, Any] | None:
-        """The state that this very training was interrupted in, if it was."""
-        import torch
+        """The state that this very training was interrupted in, if it was.
 
+        Where it is damaged the training has to start again, and a line says so.
+        """
         path = self.day(ds) / PROGRESS
         if not path.exists():
             return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_state(path)
+        if state is None:
+            print(f"{path} is damaged: the training of {ds} starts again", flush=True)
+            return None
         return state if state["run_hash"] == run_hash else None
 
     def clear_progress(self, ds: str) -> None:
@@ -178,10 +208,27 @@ class Checkpoints:
         self.day(ds).mkdir(parents=True, exist_ok=True)
         write_atomically(self.day(ds) / CHAMPION, json.dumps(record, indent=1).encode())
 
+    def champion_record(self, ds: str) -> dict[str, Any] | None:
+        """What `set_champion` said of `ds`.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        path = self.day(ds) / CHAMPION
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_bytes())
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("snapshot"), str):
+            raise self._damaged(f"champion of {self.root.name} on {ds}", ds, path)
+        return record
+
     def champion(self, ds: str) -> Snapshot | None:
         """The champion of exactly `ds`."""
-        path = self.day(ds) / CHAMPION
-        return self.get(json.loads(path.read_text())["snapshot"]) if path.exists() else None
+        record = self.champion_record(ds)
+        return None if record is None else self.get(record["snapshot"])
 
     def decided_from(self, ds: str) -> tuple[str, str]:
         """Definition and identity of the tables by which the champion of `ds` was chosen; "" where none
@@ -211,7 +258,7 @@ class Checkpoints:
             days = self.champion_days()
             have = f"{days[0]} to {days[-1]} have one" if days else "no day has one"
             raise HeadwaterError(
-                f"champion of {self.root.name} on {ds} is missing ({have}): run train_upstream for that day"
+                f"champion of {self.root.name} on {ds} is missing ({have}): run {self.command(ds)}"
             )
         return found
 
@@ -243,6 +290,68 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
             tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
         )
     return digest.hexdigest()[:16]
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """A file of tensors and plain values that ends in the SHA-256 of what comes before."""
+    import torch
+
+    with path.open("wb") as file:  # and not by name: a full disk is an OSError then
+        torch.save(dict(state), file)
+    digest = _digest(path, path.stat().st_size)
+    with path.open("ab") as file:
+        file.write(digest)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `path` is there and has the bytes that `write_state` wrote."""
+    if not path.is_file():
+        return False
+    size = path.stat().st_size - _DIGEST_BYTES
+    if size <= 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(size)
+        return file.read() == _digest(path, size)
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What `write_state` was given, on the CPU; None where the file is not whole."""
+    import torch
+
+    if not is_whole(path):
+        return None
+    return torch.load(path, map_location="cpu", weights_only=True)  # and does not mind the end
+
+
+def _digest(path: Path, size: int) -> bytes:
+    """SHA-256 of the first `size` bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest.digest()
+
+
+def _record(snapshot: Snapshot) -> bytes:
+    """The content of `snapshot.json`."""
+    values = asdict(snapshot)
+    return json.dumps(values | {_SUM: _sum(values)}, indent=1, sort_keys=True).encode()
+
+
+def _read_record(path: Path) -> Snapshot | None:
+    """The snapshot that `_record` wrote; None where it is not whole."""
+    try:
+        values = json.loads(path.read_bytes())
+        given = values.pop(_SUM)
+        return Snapshot(**values) if given == _sum(values) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _sum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

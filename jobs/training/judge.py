@@ -172,6 +172,9 @@ def decide(
         if champion is None:
             continue
         theirs = champion.where(champion.task == index)
+        if len(ours) and not len(theirs):
+            tasks[task.name]["why_not"] = "the champion does not know the task"
+            continue
         assert np.array_equal(ours.target_id, theirs.target_id)
         tasks[task.name]["champion"] = metrics_of(theirs.label, theirs.prediction, rate)
         if why_not is None:

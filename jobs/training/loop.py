@@ -17,12 +17,14 @@ from feature_store.errors import SpecError
 from feature_store.spec import Dataset, IdType, Kind
 from feature_store.tables import NO_LABEL
 from jobs.training.average import Average
+from jobs.training.by_name import Loading, Taken
 from jobs.training.config import Shift
 from jobs.training.ids import int64_ids
 from jobs.training.loader import Limits, cuts
 from jobs.training.muon import Muon
 from jobs.training.presets import Preset
 from jobs.training.rows import Rows
+from models.axes import axes_of
 from models.batch import Batch
 from models.loss import distillation, embedding_shift, multi_task_loss
 from models.outputs import Outputs
@@ -62,12 +64,20 @@ class Learner:
         dataset: the spec.
         preset: which model, and how it is trained. Its first weights come from torch's generator.
         device: where the model lives.
+        state: that it takes over, by the names of inputs and tasks; what `state` lacks keeps its first
+            weights, and `taken` names it.
 
     Raises:
         SpecError: the preset trains on a domain that the dataset cannot have.
     """
 
-    def __init__(self, dataset: Dataset, preset: Preset, device: torch.device) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        preset: Preset,
+        device: torch.device,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         self.dataset = dataset
         self.preset = preset
         self.config = preset.training
@@ -85,6 +95,7 @@ class Learner:
         self.average = Average(self.dense, self.config.average)
         self.parent: nn.Module | None = None
         self.parent_knows = torch.zeros(len(dataset.tasks), dtype=torch.bool, device=device)
+        self.taken = Taken() if state is None else self._take(state)
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """By name. Rows of a small embedding table are not a matrix in Muon's sense, and neither are biases
@@ -211,39 +222,22 @@ class Learner:
             "trained": self.average.trained(),
             **slots,
             "tables": dict(self.model.tables.optimizer_state()),
+            "axes": axes_of(self.model),
         }
 
-    def load(self, state: Mapping[str, Any]) -> list[str]:
-        """Take over what `state` has under our names and in our shapes.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the `state` of this very training."""
+        taken = self._take(state)
+        assert taken == Taken(), taken
 
-        Returns:
-            Names of weights that it lacks, which keep their first values (a spec has grown).
-        """
-        ours = dict(self.model.state_dict())
-        fresh = []
-        with torch.no_grad():
-            for name, tensor in ours.items():
-                theirs = state["weights"].get(name)
-                if theirs is None or theirs.shape != tensor.shape:
-                    fresh.append(name)
-                else:
-                    tensor.copy_(theirs)
-        names = {parameter: name for name, parameter in self.dense.items()}
-        for kind, optimizer in self.optimizers.items():
-            for parameter in optimizer.param_groups[0]["params"]:
-                name = names[parameter]
-                slots = state.get(kind, {}).get(name)
-                if slots is None or name in fresh:
-                    optimizer.state.pop(parameter, None)
-                    continue
-                optimizer.state[parameter] = {
-                    k: v.clone().to(v.device if k == "step" else parameter.device)
-                    for k, v in slots.items()
-                }
-        trained = state.get("trained", {})
-        self.average.load({n: t for n, t in trained.items() if n in self.dense and n not in fresh})
-        self.model.tables.load_optimizer_state(state["tables"])
-        return fresh
+    def _take(self, state: Mapping[str, Any]) -> Taken:
+        """Take over weights, and the optimizers' state where it is given."""
+        loading = Loading(self.model, state)
+        taken = loading.weights()
+        loading.optimizers(self.optimizers, self.dense)
+        self.average.load(loading.trained(self.dense))
+        self.model.tables.load_optimizer_state(loading.tables())
+        return taken
 
 
 @dataclass(kw_only=True)
@@ -286,7 +280,7 @@ def train(
     done = Progress()
     torch.manual_seed(seed)
     if restored is not None:
-        learner.load(restored["state"])
+        learner.restore(restored["state"])
         done = Progress(**restored["progress"])
         done.resumed += 1
         torch.set_rng_state(restored["rng"])

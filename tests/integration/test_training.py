@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from feature_store.days import day_range, shift
 from feature_store.embeddings import EmbeddingKind, read_embeddings
+from feature_store.errors import DataError
 from feature_store.lake import Lake
+from feature_store.spec import Aggregate, DenseFeature
+from feature_store.tables import contract
 from jobs import publish_embeddings, train_downstream, train_upstream
 from jobs.context import JobContext
 from jobs.reproduce import reproduce
@@ -25,7 +28,7 @@ from jobs.training.checkpoints import Checkpoints
 from jobs.training.config import DownstreamTraining, GateConfig
 from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
-from jobs.training.loop import Learner
+from jobs.training.whole import whole_learner
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
 DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 4))
@@ -291,10 +294,8 @@ def test_a_served_embedding_is_the_one_that_the_training_saw(settings):
     """What is published for a day equals what the model makes of that user's rows of the next day."""
     lake = Lake(settings.lake_root, SPEC)
     for model in MODELS:
-        chosen = presets.preset(SPEC, model)
         checkpoints = _checkpoints(settings, model)
-        learner = Learner(SPEC, chosen, torch.device("cpu"))
-        learner.load(checkpoints.load(checkpoints.champion(DAYS[2]).id))
+        learner = whole_learner(SPEC, checkpoints, checkpoints.champion(DAYS[2]), ds=DAYS[2])
         published = read_embeddings(lake, model, DAYS[2], "raw")
         day = labelled_day(lake, SPEC, DAYS[3], tasks=["click"])
         compared = 0
@@ -397,3 +398,76 @@ def test_too_few_days_end_with_one_line_and_without_torch(settings):
     )
     assert done.stdout.count("\n") == 1
     assert "needs a test day and 3 before it, has a test day and 2" in done.stdout
+
+
+def _days_of(settings: Settings, tmp_path, spec) -> Settings:
+    """A home with nothing but the tables that SUM reads, as `spec` lays them out."""
+    mine = replace(_elsewhere(settings, tmp_path), lake_root=str(tmp_path / "lake"))
+    source, lake = Lake(settings.lake_root, SPEC), Lake(mine.lake_root, spec)
+    for table in ("examples", "labels", "aggregates", "impressions"):
+        for ds in DAYS[:3]:
+            data = source.read(table, days=[ds])
+            schema = contract(spec, table).schema
+            columns = [
+                data[f.name] if f.name in data.column_names else data["dense__likes_2d"]
+                for f in schema
+            ]
+            rows = pa.table(columns, schema=schema)
+            lake.publish_arrow(table, ds, rows, inputs={}, code_version="test")
+    return mine
+
+
+def test_a_run_of_days_goes_on_after_a_feature_was_added(settings, tmp_path):
+    """And nothing is scored, judged or published by a model that is half first weights."""
+    more = DenseFeature(name="likes_9d", stream="likes", aggregate=Aggregate.COUNT, window_days=9)
+    grown = replace(SPEC, dense_features=(*SPEC.dense_features, more))
+    mine = _days_of(settings, tmp_path, grown)
+
+    def context(ds: str, spec) -> JobContext:
+        return JobContext(dataset=spec, ds=ds, settings=mine, model="sum")
+
+    before = replace(grown, dense_features=SPEC.dense_features)
+    for ds in DAYS[:2]:
+        train_upstream.run(context(ds, before))
+    checkpoints = _checkpoints(mine, "sum")
+    old = checkpoints.champion(DAYS[1])
+    with pytest.raises(DataError, match=f"snapshot {old.id} of another spec lacks dense:likes_9d"):
+        publish_embeddings.run(context(DAYS[1], grown))
+
+    train_upstream.run(context(DAYS[2], grown))
+    result = _result(mine, "sum", DAYS[2])
+    new = checkpoints.champion(DAYS[2])
+    fact = f"snapshot {old.id} of another spec lacks dense:likes_9d"
+    assert result["not_evaluated"][DAYS[2]] == fact and result["evaluation"] == {}
+    assert (result["gate"]["verdict"], result["gate"]["reason"]) == ("not judged", fact)
+    assert new.id == result["candidate"] and new.parent == old.id
+    fresh = new.metadata["training"]["fresh_weights"]
+    assert "user.dense.0.weight[dense:likes_9d]" in fresh
+    assert not any("table" in name for name in fresh)
+    publish_embeddings.run(context(DAYS[2], grown))
+    assert read_embeddings(Lake(mine.lake_root, grown), "sum", DAYS[2]).snapshot == new.id
+
+
+def test_a_snapshot_that_rots_stops_what_reads_it_and_is_trained_again_to_the_same(
+    settings, tmp_path, capsys
+):
+    mine = _days_of(settings, tmp_path, SPEC)
+    contexts = [JobContext(dataset=SPEC, ds=ds, settings=mine, model="sum") for ds in DAYS[:2]]
+    for context in contexts:
+        train_upstream.run(context)
+    checkpoints = _checkpoints(mine, "sum")
+    first = checkpoints.champion(DAYS[0])
+    state = checkpoints.path(first.id) / "state.pt"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2] + b"rot" + whole[len(whole) // 2 + 3 :])
+    command = f"python -m jobs train_upstream --dataset {SPEC.name} --model sum --ds {DAYS[0]}"
+    for job in (train_upstream.run, publish_embeddings.run):
+        with pytest.raises(DataError, match=command):
+            job(contexts[1 if job is train_upstream.run else 0])
+    (checkpoints.day(DAYS[0]) / "champion.json").write_text('{"snapshot":')
+    (checkpoints.day(DAYS[0]) / "progress.pt").write_bytes(b"garbage")
+    train_upstream.run(contexts[0])
+    assert "progress.pt is damaged" in capsys.readouterr().out
+    assert checkpoints.champion(DAYS[0]).id == first.id and state.read_bytes() == whole
+    assert not (checkpoints.day(DAYS[0]) / "progress.pt").exists()
+    publish_embeddings.run(contexts[0])

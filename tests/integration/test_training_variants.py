@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from feature_store.days import day_range, shift
 from feature_store.embeddings import read_embeddings
@@ -20,8 +19,8 @@ from jobs.training import presets, tracking
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
-from jobs.training.loop import Learner
 from jobs.training.presets import Preset
+from jobs.training.whole import whole_learner
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
 DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 2))
@@ -60,8 +59,7 @@ def test_the_hybrid_publishes_what_its_training_saw(settings, rows):
     known = {u for d in DAYS[:2] for u in rows["sequences"][d]["user_id"].to_pylist()}
     assert len(published) > 20 and set(published.user_ids) <= known
     checkpoints = _checkpoints(settings, "hybrid")
-    learner = Learner(SPEC, chosen, torch.device("cpu"))
-    learner.load(checkpoints.load(checkpoints.champion(DAYS[1]).id))
+    learner = whole_learner(SPEC, checkpoints, checkpoints.champion(DAYS[1]), ds=DAYS[1])
     day = labelled_day(lake, SPEC, DAYS[2], tasks=["click"])
     compared = 0
     for decoded in labelled_rows(lake, SPEC, day.shown, users=Users.ALL):
@@ -114,7 +112,7 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(
 
     def trained(home: str):
         day = _day(settings, tmp_path / home, model, short)
-        return day.train(day.learner(), parent)[0]
+        return day.train(parent)[0]
 
     monkeypatch.setattr(Checkpoints, "save_progress", lambda *_: None)
     whole = trained("whole")
@@ -126,7 +124,7 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(
     assert killed.metadata["training"]["resumed"] == 1 and whole.steps == killed.steps > 7
     assert killed.state_hash == whole.state_hash
     free = _day(settings, tmp_path / "free", model, _without_shift(short))
-    same = free.train(free.learner(), parent)[0].state_hash == whole.state_hash
+    same = free.train(parent)[0].state_hash == whole.state_hash
     assert same == (model == "hybrid")
 
 
@@ -141,17 +139,17 @@ def test_a_model_of_one_domain_is_trained_and_gated_on_it_and_scored_on_all(
     chosen = replace(usual, training=replace(usual.training, domain=1))
     day = _day(settings, tmp_path, "sum", chosen)
     parent = day.parents.champion(DAYS[0])
-    snapshot, record = day.train(day.learner(), parent)
+    snapshot, record = day.train(parent)
     want, gated = _labels_on(rows, DAYS[1], surface=1)
     assert record["labels"] == want
     assert snapshot.label_counts == {
         t: [snapshot.label_counts[t][0], parent.label_counts[t][1] + want[t]] for t in want
     }
-    found = day.gate(day.learner(), snapshot, None)
+    found = day.gate(snapshot, None)
     assert {t: sides["candidate"]["labels"] for t, sides in found["tasks"].items()} == gated
 
     day.checkpoints.set_champion(FIRST_DAY, snapshot.id)
-    evaluation, _ = day.evaluate(day.learner())
+    evaluation, *_ = day.evaluate()
     assert set(evaluation["click"]["domains"]) == {"0", "1"}
 
 

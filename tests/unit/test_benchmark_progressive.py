@@ -37,6 +37,7 @@ from jobs.training.checkpoints import Checkpoints, state_hash
 from jobs.training.ids import held_out
 from jobs.training.loader import user_batches
 from jobs.training.loop import Learner
+from jobs.training.whole import whole_learner
 from models.metrics import bootstrap_ne_differences
 from tests.embedded import numbered
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
@@ -108,12 +109,11 @@ def test_served_is_by_the_snapshot_of_the_day_and_held_by_that_of_the_day_before
     days = mine.run()
     assert list(days) == DAYS and days[DAYS[0]].held is None
     kept, ds = checkpoints(mine), DAYS[3]
-    learner = Learner(SPEC, mine.preset, torch.device("cpu"))
     users = UserRows.of(lake, mine.preset, ds).batches(lake, mine.preset)
     batches = list(user_batches(SPEC, users))
     for found, snapshot_of in ((days[ds].served, ds), (days[ds].held, DAYS[2])):
         assert found is not None
-        learner.load(kept.load(kept.champion(snapshot_of).id))
+        learner = whole_learner(SPEC, kept, kept.champion(snapshot_of), ds=ds)
         assert found.snapshot == kept.champion(snapshot_of).id
         for ids, batch in batches:
             stored, present = found.lookup(ids)

@@ -33,7 +33,7 @@ from feature_store.errors import DataError, HeadwaterError, MissingPartitionErro
 from jobs.publish_embeddings import UserRows, embedded
 from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints, Snapshot
-from jobs.training.config import DownstreamTraining
+from jobs.training.config import DownstreamTraining, to_plain
 from jobs.training.downstream import Comparison
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows, user_batches
 from jobs.training.loop import Learner
@@ -108,7 +108,7 @@ def settings(tmp_path_factory) -> Settings:
         for i, ds in enumerate(DAYS):
             snapshot = Snapshot(
                 id=f"{model}-{ds}", model=model, ds=ds, parent=None, run_hash="", state_hash="",
-                config={}, spec_hash="", inputs={}, label_counts={}, steps=1,
+                config=to_plain(preset(SPEC, model)), spec_hash="", inputs={}, label_counts={}, steps=1,
             )  # fmt: skip
             checkpoints.save(snapshot, learner_of(i, model).state())
             checkpoints.set_champion(ds, snapshot.id)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from feature_store.errors import DataError, HeadwaterError, SpecError
-from feature_store.spec import Attribute
-from jobs.training.checkpoints import Checkpoints, Snapshot, run_hash, state_hash
+from jobs.training.checkpoints import (
+    Checkpoints,
+    Snapshot,
+    _record,
+    run_hash,
+    state_hash,
+)
 from jobs.training.config import from_plain, to_plain
-from jobs.training.loop import Learner
 from jobs.training.presets import Preset, preset
 from tests.synthetic import dataset
 
@@ -51,8 +56,8 @@ def test_a_snapshot_is_found_again_by_id_and_by_what_made_it(tmp_path):
 def test_a_snapshot_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
 
-    def full(state, path):
-        path.write_bytes(b"half")
+    def full(state, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
@@ -150,21 +155,95 @@ def test_a_model_without_a_configuration_is_named():
         preset(dataset(), "sum_k9")
 
 
-@pytest.mark.parametrize("model", ["sum", "sequence"])
-def test_a_grown_spec_keeps_every_weight_that_it_had(model):
-    small = dataset()
-    surface, *context = small.targets[0].context
-    target = replace(small.targets[0], context=(surface, *context, Attribute(name="slot")))
-    grown = replace(small, targets=(target,))
-    device = torch.device("cpu")
-    torch.manual_seed(1)
-    old = Learner(small, preset(small, model), device)
-    torch.manual_seed(2)
-    new = Learner(grown, preset(grown, model), device)
-    fresh = set(new.load(old.state()))
-    assert any("slot" in name for name in fresh)
-    theirs, ours = old.weights(), new.weights()
-    kept = [n for n in ours if n not in fresh]
-    assert any("item" in name for name in kept)
-    for name in kept:
-        assert torch.equal(ours[name], theirs[name]), name
+# ---- files that rot
+
+COMMAND = "python -m jobs train_upstream --dataset shop --model sum --ds 2024-05-01"
+STATE = {"weights": {f"w{i}": torch.arange(200.0) + i for i in range(3)}, "axes": {}}
+
+
+def _kept(tmp_path) -> tuple[Checkpoints, Path]:
+    checkpoints = Checkpoints(tmp_path / "shop" / "sum")
+    return checkpoints, checkpoints.save(_snapshot(DAYS[0], run="a"), STATE)
+
+
+def _damages(data: bytes) -> Iterator[bytes]:
+    """A flipped bit in every region, a cut at every region, and worse."""
+    step = max(len(data) // 60, 1)
+    for place in (*range(0, len(data), step), len(data) - 1):
+        yield data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
+        yield data[:place]
+    yield b"garbage"
+    yield bytes(len(data))
+    yield data + b"\0"
+
+
+def test_a_state_that_is_not_what_was_written_is_refused(tmp_path):
+    checkpoints, folder = _kept(tmp_path)
+    path = folder / "state.pt"
+    whole = path.read_bytes()
+    for data in _damages(whole):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=COMMAND) as error:
+            checkpoints.load(f"sum-x-{DAYS[0]}")
+        assert str(path) in str(error.value) and "is damaged" in str(error.value)
+        assert checkpoints.trained(DAYS[0], "a") is None
+    path.unlink()
+    with pytest.raises(DataError, match=COMMAND):
+        checkpoints.load(f"sum-x-{DAYS[0]}")
+    path.write_bytes(whole)
+    assert torch.equal(
+        checkpoints.load(f"sum-x-{DAYS[0]}")["weights"]["w1"], STATE["weights"]["w1"]
+    )
+    assert checkpoints.trained(DAYS[0], "a") is not None
+
+
+def test_a_record_that_is_not_what_was_written_is_refused(tmp_path):
+    checkpoints, folder = _kept(tmp_path)
+    path = folder / "snapshot.json"
+    for data in _damages(path.read_bytes()):
+        path.write_bytes(data)
+        if checkpoints.snapshots(DAYS[0]):
+            assert json.loads(data) == json.loads(_record(_snapshot(DAYS[0], run="a")))  # a blank
+            continue
+        with pytest.raises(DataError, match=COMMAND):
+            checkpoints.get(f"sum-x-{DAYS[0]}")
+        assert checkpoints.trained(DAYS[0], "a") is None
+
+
+@pytest.mark.parametrize("name", ["state.pt", "snapshot.json"])
+def test_training_again_puts_a_damaged_snapshot_right(tmp_path, name):
+    checkpoints, folder = _kept(tmp_path)
+    whole = {f.name: f.read_bytes() for f in folder.iterdir()}
+    (folder / name).write_bytes(whole[name][: len(whole[name]) // 2])
+    checkpoints.save(_snapshot(DAYS[0], run="a"), STATE)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == whole
+    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+
+
+def test_progress_that_is_damaged_is_no_progress_and_a_line_says_so(tmp_path, capsys):
+    checkpoints, _ = _kept(tmp_path)
+    checkpoints.save_progress(DAYS[0], {"run_hash": "a", **STATE})
+    path = checkpoints.day(DAYS[0]) / "progress.pt"
+    for data in _damages(path.read_bytes()):
+        path.write_bytes(data)
+        assert checkpoints.load_progress(DAYS[0], "a") is None
+        assert (
+            f"{path} is damaged: the training of {DAYS[0]} starts again" in capsys.readouterr().out
+        )
+    checkpoints.save_progress(DAYS[0], {"run_hash": "a", **STATE})
+    assert checkpoints.load_progress(DAYS[0], "a") is not None
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b'{"snapshot": "sum', b"[]", b"{}", b'{"snapshot": 3}', b"\xff\0"]
+)
+def test_a_champion_that_cannot_be_read_names_the_day_to_train(tmp_path, data):
+    checkpoints, _ = _kept(tmp_path)
+    checkpoints.set_champion(DAYS[0], f"sum-x-{DAYS[0]}")
+    (checkpoints.day(DAYS[0]) / "champion.json").write_bytes(data)
+    for ask in (checkpoints.champion, checkpoints.require_champion, checkpoints.newest_champion):
+        with pytest.raises(DataError, match=COMMAND):
+            ask(DAYS[0])
+    assert checkpoints.newest_champion("2024-04-30") is None
+    checkpoints.set_champion(DAYS[0], f"sum-x-{DAYS[0]}")
+    assert checkpoints.champion(DAYS[0]) is not None

@@ -46,10 +46,10 @@ def small(model: str, **training: Any) -> Preset:
     )
 
 
-def fresh(model: str, **training: Any) -> Learner:
+def fresh(model: str, *, state: dict[str, Any] | None = None, **training: Any) -> Learner:
     torch.set_num_threads(1)  # as training does
     torch.manual_seed(0)
-    return Learner(SPEC, small(model, **training), torch.device("cpu"))
+    return Learner(SPEC, small(model, **training), torch.device("cpu"), state)
 
 
 def parent_state(model: str) -> dict[str, Any]:
@@ -62,8 +62,7 @@ def parent_state(model: str) -> dict[str, Any]:
 
 def started(model: str, **training: Any) -> Learner:
     """A learner at the start of a day that has a parent."""
-    learner = fresh(model, **training)
-    learner.load(parent_state(model))
+    learner = fresh(model, state=parent_state(model), **training)
     learner.keep_parent(TASKS)
     return learner
 
@@ -221,8 +220,8 @@ def test_distillation_leaves_out_what_the_parent_was_never_trained_on(model: str
     """Its answer there is a guess of a half."""
 
     def weights_with(known: list[str], weight: float) -> dict[str, Tensor]:
-        learner = fresh(model, shift=Shift.DISTIL, shift_weight=weight)
-        learner.load(parent_state(model))
+        state = parent_state(model)
+        learner = fresh(model, state=state, shift=Shift.DISTIL, shift_weight=weight)
         learner.keep_parent(known)
         train(learner, batches, seed=3)
         return {n: w.clone() for n, w in learner.weights().items()}
@@ -235,16 +234,14 @@ def test_distillation_leaves_out_what_the_parent_was_never_trained_on(model: str
 
 def test_a_feature_that_the_parent_lacks_looks_back_at_its_first_values() -> None:
     """After a spec has grown: the parent is what the day starts from, new weights included."""
-    learner = fresh("sum", shift=Shift.REGULARISE)
     state = parent_state("sum")
     name = "user_tower.norm.weight"
     state["weights"] = {k: v for k, v in state["weights"].items() if k != name}
-    with torch.no_grad():
-        learner.weights()[name].fill_(0.5)
-    assert learner.load(state) == [name]
+    learner = fresh("sum", state=state, shift=Shift.REGULARISE)
+    assert learner.taken.fresh() == [name]
     learner.keep_parent([])
     assert learner.parent is not None
-    assert (learner.parent.state_dict()[name] == 0.5).all()
+    assert (learner.parent.state_dict()[name] == 1.0).all()
 
 
 # ---- configuration

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from feature_store.days import DAY_US, HOUR_US, day_of, shift, start_us
+from models.axes import blocks, length
 from models.batch import Batch
 from models.clock import gap_bucket, phases
 from models.features import TARGET_ITEM, feature_plan
 from models.history import (
+    bag_match_blocks,
     bag_match_numbers,
-    bag_match_width,
     candidate_ids,
+    match_blocks,
     match_numbers,
-    match_width,
     stream_numbers,
     target_pairs,
     visible_pairs,
@@ -60,7 +61,9 @@ def test_stream_and_match_numbers_equal_a_loop(batch: Batch) -> None:
     pairs = target_pairs(batch)
     streams = stream_numbers(batch, pairs, batch.as_of, PLAN)
     matches = match_numbers(batch, pairs, PLAN)
-    assert streams.shape == (batch.targets, 4) and matches.shape[1] == match_width(PLAN) == 4
+    assert (
+        streams.shape == (batch.targets, 4) and matches.shape[1] == length(match_blocks(PLAN)) == 4
+    )
     some = 0
     for t in range(batch.targets):
         at, item = int(batch.as_of[t]), int(batch.item_id[t])
@@ -79,7 +82,7 @@ def test_stream_and_match_numbers_equal_a_loop(batch: Batch) -> None:
 
 def test_matches_with_sparse_features_equal_a_loop(batch: Batch) -> None:
     found = bag_match_numbers(batch, PLAN)
-    assert found.shape[1] == bag_match_width(PLAN)
+    assert found.shape[1] == length(bag_match_blocks(PLAN))
     hits = 0
     for t in range(batch.targets):
         row, wanted = int(batch.row_of_target[t]), []
@@ -141,7 +144,7 @@ def test_bags_equal_a_loop(batch: Batch) -> None:
 
 def test_standardised_numbers_have_unit_size_and_missing_ones_are_zero() -> None:
     torch.manual_seed(0)
-    module = Standardise(2)
+    module = Standardise(blocks("ab"))
     data = torch.stack([torch.rand(4000).mul(12).exp(), torch.randn(4000) * 1e-3], dim=1)
     for part in data.split(500):
         module(part)
@@ -158,18 +161,18 @@ def test_standardised_numbers_have_unit_size_and_missing_ones_are_zero() -> None
 def test_without_the_logarithm_only_place_and_scale_are_taken_out() -> None:
     torch.manual_seed(0)
     data = torch.randn(1000, 3) * torch.tensor([0.5, 2.0, 7.0]) + torch.tensor([5.0, -3.0, 0.0])
-    module = Standardise(3, log=False)
+    module = Standardise(blocks("abc"), log=False)
     module(data)
     out = module.eval()(data)
     torch.testing.assert_close(out.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(out.var(0, unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
-    other = Standardise(3, log=False)
+    other = Standardise(blocks("abc"), log=False)
     other(data * 4 + 1)
     torch.testing.assert_close(other.eval()(data * 4 + 1), out, atol=1e-4, rtol=1e-4)
 
 
 def test_numbers_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
-    module = Standardise(1)
+    module = Standardise(blocks("a"))
     for _ in range(3):
         module(torch.rand(50, 1))
     module.eval()

@@ -24,7 +24,7 @@ class Both(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.numbers = PairNumbers(PLAN)
-        self.encoder = PairEncoder(PLAN, self.numbers.width, heads=3, width=5)
+        self.encoder = PairEncoder(PLAN, self.numbers.inputs, heads=3, width=5)
 
     def forward(self, batch: Batch, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         return self.encoder(batch, pairs, self.numbers(batch, pairs).of_pairs)

@@ -115,7 +115,7 @@ def test_no_user_input_but_the_embeddings_reaches_the_mix_tower() -> None:
 
 def test_direct_dot_products_are_a_factorization_machine_beside_the_modules() -> None:
     torch.manual_seed(0)
-    tower = MixTower(3, 8, 2, config=DIRECT).eval()
+    tower = MixTower("xyz", 8, ["a", "b"], config=DIRECT).eval()
     tokens, dense = torch.randn(5, 3, 8), torch.randn(5, 8)
     modules = tower.head(tower.pyramid(tokens, dense).flatten(1))
     weight = torch.randn(2, 3)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.muon import compare
+from jobs.training.by_name import Taken
 from jobs.training.loop import Learner, train
 from jobs.training.muon import Muon, orthogonalised
 from jobs.training.presets import Preset, preset
@@ -99,8 +100,11 @@ def test_every_parameter_has_one_optimizer_and_tables_are_no_matrices(model: str
 
 
 def test_a_snapshot_of_adam_goes_on_with_muon_and_back() -> None:
-    def learner(*, muon: bool) -> Learner:
-        return Learner(dataset(), with_muon("sum", muon=muon), torch.device("cpu"))
+    def learner(*, muon: bool, of: Learner | None = None) -> Learner:
+        state = None if of is None else of.state()
+        made = Learner(dataset(), with_muon("sum", muon=muon), torch.device("cpu"), state)
+        assert made.taken == Taken()
+        return made
 
     def moved(one: Learner) -> Learner:
         for parameter in one.dense.values():
@@ -110,16 +114,13 @@ def test_a_snapshot_of_adam_goes_on_with_muon_and_back() -> None:
         return one
 
     by_muon = moved(learner(muon=True))
-    same, other = learner(muon=True), learner(muon=False)
-    assert same.load(by_muon.state()) == other.load(by_muon.state()) == []
+    same, other = learner(muon=True, of=by_muon), learner(muon=False, of=by_muon)
     name, first = next((n, p) for n, p in same.dense.items() if p in same.optimizers["muon"].state)
     kept = by_muon.optimizers["muon"].state[by_muon.dense[name]]["momentum_buffer"]
     assert torch.equal(same.optimizers["muon"].state[first]["momentum_buffer"], kept)
     assert kept is not same.optimizers["muon"].state[first]["momentum_buffer"]
     assert other.dense[name] not in other.optimizers["adam"].state  # it begins anew
-    assert moved(other).load(by_muon.state()) == []
-    back = learner(muon=True)
-    back.load(moved(learner(muon=False)).state())
+    back = learner(muon=True, of=moved(learner(muon=False)))
     assert not back.optimizers["muon"].state and back.optimizers["adam"].state
     moved(back)
 
