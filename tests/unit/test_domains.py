@@ -118,7 +118,6 @@ def test_a_string_is_hashed_as_ids_are() -> None:
     ("spec", "value", "says"),
     [
         (replace(SPEC, domain=None), 1, "Dataset.synthetic..domain is None"),
-        (replace(SPEC, domain="price"), 1, "name a categorical context feature"),
         (SPEC, "feed", "ids of surface are int64"),
         (with_strings(), 1, "ids of surface are string"),
     ],
