@@ -133,6 +133,6 @@ def test_a_server_that_cannot_start_says_why(
     settings = Settings.from_env({"HEADWATER_HOME": str(lake_home), "HEADWATER_ENGINE": "sail"})
     command = [sys.executable, "-c", "import sys; sys.exit('no memory for it')"]
     monkeypatch.setattr(engines, "_sail_command", lambda settings, port: (command, {}))
-    with pytest.raises(RuntimeError, match=r"sail server did not start.*no memory for it"):
+    with pytest.raises(engines.EngineLost, match=r"\(sail\) did not start.*no memory for it"):
         engines.start(settings)
     assert engines._read(settings) is None
