@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import from_arrow_schema
 
 from feature_store.datasets import get
 from feature_store.days import HOUR_US, shift, start_us
@@ -102,27 +103,21 @@ def test_both_engines_give_the_same_day(
 
 
 def _known_at(
-    spark: SparkSession, tables: dict[str, pa.Table], moment: int
+    frame: Callable[[pa.Table], DataFrame], tables: dict[str, pa.Table], moment: int
 ) -> dict[str, list[dict[str, object]]]:
     """What of the day's tables a target before `moment` can reach, in an order of its own.
 
     All of `aggregates` and `sequences` that it reads are of the evening before; what it sees of the day
     is in `item_aggregates`, hours that closed, and in `examples`, each target's prefix of its row.
     """
-
-    def frame(name: str) -> DataFrame:
-        return spark.createDataFrame(tables[name])
-
-    state = newest(frame("sequences"))
-    items = item_features.transform(
-        frame("events"), frame("earlier"), state, DATASET, DAY
-    ).toArrow()
+    events, state = frame(tables["events"]), newest(frame(tables["sequences"]))
+    items = item_features.transform(events, frame(tables["earlier"]), state, DATASET, DAY).toArrow()
     examples = build_examples.transform(
-        events=frame("events"),
-        impressions=frame("impressions"),
+        events=events,
+        impressions=frame(tables["impressions"]),
         state=state,
-        aggregates=frame("aggregates"),
-        item_aggregates=spark.createDataFrame(pa.concat_tables([tables["earlier"], items])),
+        aggregates=frame(tables["aggregates"]),
+        item_aggregates=frame(pa.concat_tables([tables["earlier"], items])),
         dataset=DATASET,
         ds=DAY,
     ).toArrow()
@@ -161,23 +156,28 @@ def _poisoned(table: pa.Table, column: str, moment: int, seed: int) -> pa.Table:
 
 
 def test_nothing_before_a_moment_moves_when_what_comes_after_it_does(
-    spark_of: Callable[[str], SparkSession],
+    spark_of: Callable[[str], SparkSession], tmp_path: Path
 ) -> None:
     spark = spark_of("sail")
     yesterday = shift(DAY, -1)
+    files_of = (tmp_path / f"{i}.parquet" for i in count())
+
+    def frame(table: pa.Table) -> DataFrame:  # through a file: a message to the engine is too small
+        path = next(files_of)
+        pq.write_table(table, path)
+        return spark.read.parquet(str(path))
+
     tables: dict[str, pa.Table] = {}
     for ds in (yesterday, DAY):
         read = globo.read(spark, os.environ["HEADWATER_GLOBO"], ds, DATASET)
-        for name, frame in ingest.transform(read, DATASET, ds).items():
+        for name, marked in ingest.transform(read, DATASET, ds).items():
             key = contract(DATASET, name).key
-            rows = frame.dropDuplicates(list(key)).where(~F.col("_outside"))
+            rows = marked.dropDuplicates(list(key)).where(~F.col("_outside"))
             tables[f"{name}/{ds}"] = conform(rows, contract(DATASET, name), ds).toArrow()
-    before = spark.createDataFrame(tables[f"events/{yesterday}"])
-    nothing = spark.createDataFrame(
-        [], from_arrow_schema(contract(DATASET, "item_aggregates").schema)
-    )
+    before = frame(tables[f"events/{yesterday}"])
+    nothing = frame(contract(DATASET, "item_aggregates").schema.empty_table())
     sequences = build_sequences.rebuild(before, DATASET, yesterday, base=True).toArrow()
-    no_state = spark.createDataFrame([], from_arrow_schema(sequences.schema)).drop("ds")
+    no_state = frame(sequences.schema.empty_table()).drop("ds")
     tables |= {
         "sequences": sequences,
         "aggregates": build_aggregates.transform(before, DATASET, yesterday).toArrow(),
@@ -189,12 +189,12 @@ def test_nothing_before_a_moment_moves_when_what_comes_after_it_does(
     tables["impressions"] = shown.filter(pa.array(shown["user_id"].to_numpy() % 20 == 0))
     for hour in (9, 15):
         moment = start_us(DAY, DATASET.utc_offset) + hour * HOUR_US + HOUR_US // 4
-        want = _known_at(spark, tables, moment)
+        want = _known_at(frame, tables, moment)
         other = tables | {
             "events": _poisoned(tables["events"], "available_time", moment, hour),
             "impressions": _poisoned(tables["impressions"], "as_of", moment, hour),
         }
-        found = _known_at(spark, other, moment)
+        found = _known_at(frame, other, moment)
         for name, rows in want.items():
             assert rows, name
             assert found[name] == rows, f"{name} at {hour}:15"
