@@ -424,7 +424,7 @@ def item_features(dataset: Dataset, days: ByDay, item: Any, as_of: int) -> Row:
             share = ours / len(recent) if recent else 0.0
             found[f"{stream}_{window}h"] = f32(math.log1p(ours))
             found[f"{stream}_share_{window}h"] = f32(math.log1p(1e4 * share))
-    age = f32(math.log1p(hour - min(seen) / HOUR_US)) if seen else -1.0
+    age = f32(math.log1p((as_of - min(seen)) / HOUR_US)) if seen else -1.0
     return {**found, "age_h": age}
 
 
