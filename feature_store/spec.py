@@ -65,7 +65,8 @@ class Dataset:
         name: prefixes every DAG id, asset, lake path and MLflow name.
         first_day: the first day that the source has.
         utc_offset: of the zone that days are cut in.
-        user_id_type, item_id_type: how ids are stored.
+        user_id_type, item_id_type, target_id_type: how ids are stored. Text that is no number needs
+            STRING, and is then the same text in every table and in predictions.
         streams, targets, tasks: what happens, what is scored, what is asked.
         user_attributes, sparse_features, dense_features: of a user, built by the nightly job.
         item_features: of a target's item, by the hour.
@@ -86,6 +87,7 @@ class Dataset:
     utc_offset: timedelta = timedelta(0)
     user_id_type: IdType = IdType.INT64
     item_id_type: IdType = IdType.INT64
+    target_id_type: IdType = IdType.INT64
     user_attributes: tuple[UserAttribute, ...] = ()
     sparse_features: tuple[SparseFeature, ...] = ()
     dense_features: tuple[DenseFeature, ...] = ()
@@ -158,10 +160,12 @@ class Dataset:
         self._check_shared_names()
         self._check_features()
         self._check_tasks()
+        self._check_columns()
 
     def _check_shared_names(self) -> None:
-        reserved = {"user_id", "item_id", "event_id", "event_time", "ingest_time", "available_time",
-                    "stream", "ds", "target", "target_id", "time", "as_of", "part"}  # fmt: skip
+        from feature_store.tables import reserved_names
+
+        reserved = reserved_names(self)
         for groups, what in ((self.streams, "streams"), (self.targets, "targets")):
             seen: dict[str, Attribute] = {}
             for group in groups:
@@ -177,6 +181,14 @@ class Dataset:
                         seen.setdefault(a.name, a) == a,
                         where, a, f"declared otherwise before as {seen[a.name]}; one name, one meaning",
                     )  # fmt: skip
+        taken = reserved | {c.name for c in self.context_features}
+        for column in self.given_labels:
+            check(
+                column not in taken,
+                f"Dataset({self.name}): GivenLabel.column",
+                column,
+                "the name is a column of ours, or a context feature, which an answer cannot be; rename it",
+            )
         vocabularies: dict[str, IdType] = {"item": self.item_id_type, "user": self.user_id_type}
         for a in (*self.event_attributes, *self.context_features):
             if a.kind is Kind.CATEGORICAL:
@@ -186,9 +198,14 @@ class Dataset:
                     f"Attribute({a.name}).id_type", a.id_type, f"vocabulary {a.vocabulary!r} has {known}",
                 )  # fmt: skip
         if self.domain is not None:
-            check_known(
-                f"Dataset({self.name}).domain", self.domain, [c.name for c in self.context_features]
-            )
+            ids = [c.name for c in self.context_features if c.kind is Kind.CATEGORICAL]
+            check_known(f"Dataset({self.name}).domain", self.domain, ids)
+        hashed = [t.name for t in self.targets if t.id_from]
+        check(
+            not hashed or self.target_id_type is IdType.INT64,
+            f"Dataset({self.name}).target_id_type", self.target_id_type,
+            f"Target({', '.join(hashed)}).id_from makes numbers; use INT64, or leave id_from out",
+        )  # fmt: skip
 
     def _check_features(self) -> None:
         known = [s.name for s in self.streams]
@@ -225,9 +242,9 @@ class Dataset:
         ids = [a for a in self.stream(pairs.stream).attributes if a.kind is Kind.CATEGORICAL]
         items = [a.name for a in ids if a.vocabulary == "item"]
         check_known("CoOccurrence.attribute", pairs.attribute, items)
-        context = {c.name for c in self.context_features}
+        shared = [a.name for a in ids if a in self.context_features]
         for name in pairs.beside:
-            check_known("CoOccurrence.beside", name, [a.name for a in ids if a.name in context])
+            check_known("CoOccurrence.beside", name, shared)
         for name in pairs.before:
             check_known("CoOccurrence.before", name, [a.name for a in ids])
 
@@ -250,16 +267,38 @@ class Dataset:
                     task.domain,
                     "the dataset declares no domain feature",
                 )
+                domain = next(c for c in self.context_features if c.name == self.domain)
+                wanted = str if domain.id_type is IdType.STRING else int
+                check(
+                    type(task.domain) is wanted,
+                    f"{where}.domain", task.domain, f"{self.domain} is {domain.id_type}; write it as such",
+                )  # fmt: skip
             if isinstance(task.label, EventLabel):
                 check_known(f"{where}.label.stream", task.label.stream, list(self._streams))
-                events = [a.name for a in self.stream(task.label.stream).attributes]
-                for ours, theirs in task.label.match:
-                    for name in task.targets:
-                        context = [c.name for c in targets[name].context]
-                        check_known(
-                            f"{where}.label.match", ours, ["target_id", "item_id", *context]
-                        )
-                    check_known(f"{where}.label.match", theirs, events)
+                for name in task.targets:
+                    self._check_match(f"{where}.label.match", targets[name], task.label)
+
+    def _check_match(self, where: str, target: Target, label: EventLabel) -> None:
+        types = {"target_id": self.target_id_type}
+        if target.has_item:
+            types["item_id"] = self.item_id_type
+        types |= {c.name: c.id_type for c in target.context if c.kind is Kind.CATEGORICAL}
+        stream = self.stream(label.stream)
+        ids = [a.name for a in stream.attributes if a.kind is Kind.CATEGORICAL]
+        for ours, theirs in label.match:
+            check_known(where, ours, list(types))
+            check_known(where, theirs, ids)
+            found = stream.attribute(theirs).id_type
+            check(
+                types[ours] is found,
+                where, (ours, theirs), f"{ours} is {types[ours]} and {theirs} {found}; store them alike",
+            )  # fmt: skip
+
+    def _check_columns(self) -> None:
+        from feature_store.tables import contracts
+
+        for table in contracts(self).values():
+            check_unique(f"Dataset({self.name}): a column of {table.name}", table.schema.names)
 
     def stream(self, name: str) -> EventStream:
         """The stream called `name`."""

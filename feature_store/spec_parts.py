@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from feature_store.errors import SpecError
 
+MAX_FLOAT32 = 3.4028234663852886e38
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _ONE_DAY = timedelta(days=1)
 
@@ -80,6 +81,9 @@ class Attribute:
             table, so that a clicked article and a candidate article are the same thing to a model.
             Defaults to the name.
         dim: length of a vector attribute.
+        clip: lowest and highest number of a numeric or vector attribute. What lies outside, infinity
+            included, is set to the nearer one and counted at ingestion. None: a number that float32
+            cannot hold stops the day.
     """
 
     name: str
@@ -87,11 +91,25 @@ class Attribute:
     id_type: IdType = IdType.INT64
     vocabulary: str = ""
     dim: int | None = None
+    clip: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_name("Attribute.name", self.name)
         if not self.vocabulary:
             object.__setattr__(self, "vocabulary", self.name)
+        check_name(f"Attribute({self.name}).vocabulary", self.vocabulary)
+        if self.clip is not None:
+            where = f"Attribute({self.name}).clip"
+            check(
+                self.kind is not Kind.CATEGORICAL,
+                where,
+                self.clip,
+                "ids are not clipped: leave it out",
+            )
+            check(
+                len(self.clip) == 2 and -MAX_FLOAT32 <= self.clip[0] < self.clip[1] <= MAX_FLOAT32,
+                where, self.clip, "give the lowest and the highest number, both finite in float32",
+            )  # fmt: skip
         if self.kind is Kind.VECTOR:
             check(
                 self.dim is not None and self.dim > 0,
@@ -114,7 +132,9 @@ class EventStream:
         max_events: how many of a user's last events a sequence holds.
         delay: how long after it happened (or was ingested) an event can be used:
             `available_time = max(event_time, ingest_time) + delay`.
-        id_from: columns that the event id is hashed from; empty where the source has `event_id`.
+        id_from: columns that tell a user's events apart; the event id is hashed from the stream, the
+            user and them. Empty: the source's `event_id` does, which counts within a user. Where one
+            `event_id` is of several events, name it here beside the attribute that tells them apart.
     """
 
     name: str
@@ -131,7 +151,7 @@ class EventStream:
         )
         check(self.delay >= timedelta(0), f"{where}.delay", self.delay, "a delay is not negative")
         check_unique(f"{where}.attributes", (a.name for a in self.attributes))
-        known = ("user_id", "event_time", *(a.name for a in self.attributes))
+        known = ("user_id", "event_time", "event_id", *(a.name for a in self.attributes))
         for column in self.id_from:
             check_known(f"{where}.id_from", column, known)
 
@@ -155,7 +175,8 @@ class Target:
         name: the kind's name, stored in the `target` column of `impressions`.
         has_item: whether an item is scored. Its id has vocabulary `item`.
         context: features of the moment and of the item that the source knows at `as_of`.
-        id_from: columns that the target id is hashed from; empty where the source has `target_id`.
+        id_from: columns that tell the kind's targets apart; the target id, an int64, is hashed from the
+            kind and them. Empty: the source's `target_id` does, within a user and a kind.
     """
 
     name: str
@@ -341,7 +362,7 @@ class EventLabel:
         stream: the stream that answers.
         within: how long after the target's `time` (in event time) it may come.
         match: (column of the target, attribute of the event) pairs that must be equal; a target's
-            columns are `target_id`, `item_id` and its context.
+            columns are `target_id`, `item_id` and its context. Both are ids of one type.
     """
 
     stream: str
@@ -357,6 +378,9 @@ class GivenLabel:
     """
 
     column: str
+
+    def __post_init__(self) -> None:
+        check_name("GivenLabel.column", self.column)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,6 +135,35 @@ def label_column(name: str) -> str:
     return f"label__{name}"
 
 
+def _event_fields(dataset: Dataset) -> list[pa.Field]:
+    """Columns of `events` that every dataset has."""
+    return [
+        _required("event_id", pa.int64()),
+        _required("stream", pa.string()),
+        _required("user_id", id_type(dataset.user_id_type)),
+        _required("event_time", pa.int64()),
+        _required("ingest_time", pa.int64()),
+        _required("available_time", pa.int64()),
+    ]
+
+
+def _target_fields(dataset: Dataset) -> list[pa.Field]:
+    """Columns of `impressions` that every dataset has."""
+    return [
+        _required("target_id", id_type(dataset.target_id_type)),
+        _required("target", pa.string()),
+        _required("user_id", id_type(dataset.user_id_type)),
+        _required("time", pa.int64()),
+        _required("as_of", pa.int64()),
+        pa.field("item_id", id_type(dataset.item_id_type)),
+    ]
+
+
+def reserved_names(dataset: Dataset) -> set[str]:
+    """Names that no attribute, context feature or given label can have: columns beside them."""
+    return {"ds", *(f.name for f in (*_event_fields(dataset), *_target_fields(dataset)))}
+
+
 def _history(dataset: Dataset, *, event_id: bool) -> list[pa.Field]:
     columns = []
     for stream in dataset.streams:
@@ -166,7 +195,7 @@ def _user_features(dataset: Dataset) -> list[pa.Field]:
 
 def _targets(dataset: Dataset) -> list[pa.Field]:
     columns = [
-        _packed("targets__target_id", pa.int64()),
+        _packed("targets__target_id", id_type(dataset.target_id_type)),
         _packed("targets__target", pa.int32()),  # index into dataset.targets
         _packed("targets__time", pa.int64()),
         _packed("targets__as_of", pa.int64()),
@@ -206,12 +235,7 @@ def contracts(dataset: Dataset) -> dict[str, Table]:
             key=("event_id",),
             schema=pa.schema(
                 [
-                    _required("event_id", pa.int64()),
-                    _required("stream", pa.string()),
-                    user,
-                    _required("event_time", pa.int64()),
-                    _required("ingest_time", pa.int64()),
-                    _required("available_time", pa.int64()),
+                    *_event_fields(dataset),
                     *(pa.field(a.name, value_type(a)) for a in dataset.event_attributes),
                     ds,
                 ]
@@ -220,15 +244,10 @@ def contracts(dataset: Dataset) -> dict[str, Table]:
         Table(
             name="impressions",
             grain="one target with its context, scored on ds",
-            key=("target_id",),
+            key=("user_id", "target", "target_id"),
             schema=pa.schema(
                 [
-                    _required("target_id", pa.int64()),
-                    _required("target", pa.string()),
-                    user,
-                    _required("time", pa.int64()),
-                    _required("as_of", pa.int64()),
-                    pa.field("item_id", item),
+                    *_target_fields(dataset),
                     *(pa.field(c.name, value_type(c)) for c in dataset.context_features),
                     *(pa.field(label_column(n), pa.int32()) for n in dataset.given_labels),
                     ds,
@@ -331,7 +350,7 @@ def contracts(dataset: Dataset) -> dict[str, Table]:
                 key=("target_id", "task"),
                 schema=pa.schema(
                     [
-                        _required("target_id", pa.int64()),
+                        _required("target_id", id_type(dataset.target_id_type)),
                         _required("task", pa.string()),
                         _required("probability", pa.float64()),
                         ds,

@@ -24,6 +24,7 @@ from feature_store.tables import (
     user_attribute_column,
 )
 from jobs import item_features
+from jobs.build_sequences import load_before
 from jobs.frames import (
     conform,
     days_from,
@@ -215,10 +216,9 @@ def run(context: JobContext) -> None:
     inputs = {}
     events = read(context, "events", [ds], inputs)
     earlier = item_features.load(context, shift(ds, -1), inputs)
-    together = dataset.co_occurrence is not None
-    sequences = read(context, "sequences", [ds], inputs) if together else None
-    found = item_features.transform(events, earlier, sequences, dataset, ds)
-    publish(context, "item_aggregates", found, inputs)
+    state = None if dataset.co_occurrence is None else load_before(context, inputs)
+    items = item_features.transform(events, earlier, state, dataset, ds)
+    publish(context, "item_aggregates", items, inputs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`examples`: one row per user-day, the history once and every target of the day with what it may see.
 
 A user's events and targets of the day are put into one timeline, ordered by (availability or
-`as_of`, targets first, stream, id), so that running counts say how many events are available before
+`as_of`, targets first, stream, id, kind of target), so that running counts say how many events are available before
 each target: point in time without a join per target. One grouping then packs both, behind the
 history as of the evening before. A user-day of more than `max_part_rows` events and targets is cut
 into consecutive parts: each starts from the last `max_events` of each stream before its own first
@@ -30,7 +30,7 @@ from feature_store.tables import (
     history_end_column,
 )
 from jobs import item_features
-from jobs.build_sequences import load_events, load_state, rebuild
+from jobs.build_sequences import load_before
 from jobs.frames import (
     conform,
     empty,
@@ -157,9 +157,11 @@ def _targets(
     ]
     if dataset.item_features is not None:
         assert item_aggregates is not None
-        targets = impressions.withColumn("hour", hour_of(F.col("as_of")))
-        found = item_features.asked(targets.where(known_item), item_aggregates, dataset, ds)
-        impressions = targets.join(found, ["item_id", "hour"], "left")
+        targets = impressions.withColumn("_hour", hour_of(F.col("as_of")))
+        counts = item_features.counts_before(
+            targets.where(known_item), item_aggregates, dataset, ds
+        )
+        impressions = targets.join(counts, ["item_id", "_hour"], "left")
         values_ += item_features.features(dataset)
     return impressions.select("user_id", "as_of", "target_id", F.struct(*values_).alias("target"))
 
@@ -183,7 +185,7 @@ def _rows(
 
 
 def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFrame:
-    """A row per event and target with its `position` in the user-day, and `seen__<stream>`: events
+    """A row per event and target with its `_position` in the user-day, and `seen__<stream>`: events
     of the day up to here, itself included.
     """
     streams = dataset.streams
@@ -192,14 +194,16 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
         F.lit(len(streams)),
     )
     event = F.struct("event_time", *(a.name for a in dataset.event_attributes)).alias("event")
-    no_target = (
-        F.lit(None).cast(_target_type(dataset)).alias("target")
-    )  # Sail would fill in a void column
+    target_id = spark_type(contract(dataset, "impressions").schema.field("target_id").type)
+    # Sail would fill in a void column
+    no_target = F.lit(None).cast(_target_type(dataset)).alias("target")
     rows = events.select(
         "user_id",
         F.col("available_time").alias("at"),
         index.alias("stream"),
-        F.col("event_id").alias("id"),
+        "event_id",
+        F.col("event_id").cast(target_id).alias("target_id"),
+        index.alias("kind"),
         event,
         no_target,
     ).unionByName(
@@ -207,17 +211,21 @@ def _timeline(events: DataFrame, targets: DataFrame, dataset: Dataset) -> DataFr
             "user_id",
             F.col("as_of").alias("at"),
             F.lit(_TARGET).alias("stream"),
-            F.col("target_id").alias("id"),
+            F.col("as_of").alias("event_id"),
+            "target_id",
+            F.col("target.targets__target").alias("kind"),
             "target",
         ),
         allowMissingColumns=True,
     )  # fmt: skip
     # Targets sort before events of the same instant, since their stream is -1: `available_time < as_of`.
-    timeline = Window.partitionBy("user_id").orderBy("at", "stream", "id")
+    # No column of the order is a constant in half of the union: see `build_labels`.
+    order = ("at", "stream", "event_id", "target_id", "kind")
+    timeline = Window.partitionBy("user_id").orderBy(*order)
     so_far = timeline.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     return rows.select(
         "*",
-        (F.row_number().over(timeline) - 1).alias("position"),
+        (F.row_number().over(timeline) - 1).alias("_position"),
         *(
             F.sum((F.col("stream") == i).cast("int"))
             .over(so_far)
@@ -235,8 +243,8 @@ def _parts(rows: DataFrame, dataset: Dataset) -> DataFrame:
     the last of them holds the event that is `max_events` further on, or is the user's last.
     """
     streams = dataset.streams
-    per_stream = Window.partitionBy("user_id", "stream").orderBy("position")
-    rows = rows.withColumn("own_part", _part(F.col("position"), dataset))
+    per_stream = Window.partitionBy("user_id", "stream").orderBy("_position")
+    rows = rows.withColumn("own_part", _part(F.col("_position"), dataset))
     last_part = F.max("own_part").over(Window.partitionBy("user_id")).alias("last_part")
     until = [
         F.lead("own_part", s.max_events).over(per_stream).alias(f"until__{s.name}") for s in streams
@@ -264,7 +272,7 @@ def _pack(rows: DataFrame, dataset: Dataset) -> DataFrame:
     columns = []
     for i, stream in enumerate(dataset.streams):
         event = event_struct(
-            stream, first=("position", F.col("at").alias("available_time")), source="event."
+            stream, first=("_position", F.col("at").alias("available_time")), source="event."
         )
         is_ours, own = F.col("stream") == i, ~F.col("carried")
         earlier = F.col(f"seen__{stream.name}") - is_ours.cast("int")
@@ -275,7 +283,7 @@ def _pack(rows: DataFrame, dataset: Dataset) -> DataFrame:
         ]
     seen = [f"seen__{s.name}" for s in dataset.streams]
     fields = (F.col(f"target.{name}").alias(name) for name in _target_names(dataset))
-    target = F.struct("position", *fields, *seen)
+    target = F.struct("_position", *fields, *seen)
     columns.append(
         F.sort_array(F.collect_list(F.when(F.col("stream") == _TARGET, target))).alias("targets")
     )
@@ -371,11 +379,7 @@ def run(context: JobContext) -> None:
     """
     dataset, ds, yesterday = context.dataset, context.ds, shift(context.ds, -1)
     inputs: dict[str, int] = {}
-    state = load_state(context, yesterday, inputs)
-    if state is None and any(day <= yesterday for day in context.lake.partitions("events")):
-        state = rebuild(load_events(context, yesterday, inputs), dataset, yesterday, base=True)
-    elif state is None:
-        state = context.lake.frame(context.spark, "sequences", [yesterday])
+    state = load_before(context, inputs)
     if any(day <= yesterday for day in context.lake.partitions("aggregates")):
         aggregates = read(context, "aggregates", [yesterday], inputs)
     else:

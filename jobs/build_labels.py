@@ -71,7 +71,7 @@ _ROW = ("user_id", "shown_ds", "part")
 
 
 def _targets(examples: DataFrame, dataset: Dataset, tasks: list[Task]) -> DataFrame:
-    """One row per target: its place (user_id, shown_ds, part, position) and what tasks ask about it."""
+    """One row per target: its place (user_id, shown_ds, part, _position) and what tasks ask about it."""
     names = {"target_id": "targets__target_id", "target": "targets__target"}
     if any(isinstance(t.label, EventLabel) for t in tasks):
         names["time"] = "targets__time"
@@ -81,15 +81,20 @@ def _targets(examples: DataFrame, dataset: Dataset, tasks: list[Task]) -> DataFr
         assert dataset.domain is not None
         asked.add(dataset.domain)
     for name in sorted(asked - {"target_id"}):
-        names[name] = context_column(name) if name in context else f"targets__{name}"
+        names[_own(name)] = context_column(name) if name in context else f"targets__{name}"
     zipped = F.arrays_zip(*(F.col(column).alias(name) for name, column in names.items()))
     rows = examples.select(
         "user_id",
         F.col("ds").alias("shown_ds"),
         "part",
-        F.posexplode(zipped).alias("position", "t"),
+        F.posexplode(zipped).alias("_position", "_t"),
     )
-    return rows.select(*_ROW, "position", *(F.col("t").getField(n).alias(n) for n in names))
+    return rows.select(*_ROW, "_position", *(F.col("_t").getField(n).alias(n) for n in names))
+
+
+def _own(name: str) -> str:
+    """A target's column here: its context may have any name, also that of a column beside it."""
+    return name if name in ("target_id", "item_id") else f"_context__{name}"
 
 
 def _is_asked(task: Task, dataset: Dataset) -> Column:
@@ -97,12 +102,12 @@ def _is_asked(task: Task, dataset: Dataset) -> Column:
     asked = F.col("target").isin(kinds)
     if task.domain is not None:
         assert dataset.domain is not None
-        asked = asked & (F.col(dataset.domain) == F.lit(task.domain))
+        asked = asked & (F.col(_own(dataset.domain)) == F.lit(task.domain))
     return asked
 
 
 def _collect(answers: DataFrame, name: str) -> Column:
-    pairs = F.sort_array(F.collect_list(F.struct("position", name)))
+    pairs = F.sort_array(F.collect_list(F.struct("_position", name)))
     return values(pairs, name)
 
 
@@ -115,20 +120,18 @@ def _given(
         )
     )
     answers = targets.join(impressions.select("target_id", *labels), "target_id", "left")
-    columns = []
+    columns, names = [], {task.name: f"_{i}" for i, task in enumerate(tasks)}
     for task in tasks:
         assert isinstance(task.label, GivenLabel)
         answer = F.when(_is_asked(task, dataset), F.col(label_column(task.label.column)))
-        columns.append(F.coalesce(answer, F.lit(NO_LABEL)).cast("int").alias(task.name))
-    answers = answers.select(*_ROW, "position", *columns)
+        columns.append(F.coalesce(answer, F.lit(NO_LABEL)).cast("int").alias(names[task.name]))
+    answers = answers.select(*_ROW, "_position", *columns)
     rows = answers.groupBy(*_ROW).agg(
-        F.sort_array(F.collect_list(F.struct("position", *(t.name for t in tasks)))).alias(
-            "answers"
-        )
+        F.sort_array(F.collect_list(F.struct("_position", *names.values()))).alias("answers")
     )
     per_task = [
-        F.struct(F.lit(t.name).alias("task"), values(F.col("answers"), t.name).alias("labels"))
-        for t in tasks
+        F.struct(F.lit(task).alias("task"), values(F.col("answers"), name).alias("labels"))
+        for task, name in names.items()
     ]
     return rows.select(*_ROW, F.explode(F.array(*per_task)).alias("a")).select(
         *_ROW, "a.task", "a.labels"
@@ -145,7 +148,7 @@ def _from_events(
     """
     stream = dataset.stream(label.stream)
     keys = [f"key_{i}" for i in range(len(label.match))]
-    ours = [F.col(name).alias(key) for key, (name, _) in zip(keys, label.match, strict=True)]
+    ours = [F.col(_own(name)).alias(key) for key, (name, _) in zip(keys, label.match, strict=True)]
     theirs = [F.col(name).alias(key) for key, (_, name) in zip(keys, label.match, strict=True)]
     came = events.where(
         (F.col("stream") == stream.name)
@@ -159,7 +162,7 @@ def _from_events(
     # one number: on one core Sail cannot plan a sort by a column that is constant in half of a union.
     line = targets.select(
         *_ROW,
-        "position",
+        "_position",
         *ours,
         F.col("time").alias("at"),
         (F.col("time") * 2 + 1).alias("order"),
@@ -177,10 +180,10 @@ def _from_events(
     )
     newest_first = Window.partitionBy("user_id", *keys).orderBy(F.col("order").desc())
     so_far = newest_first.rowsBetween(Window.unboundedPreceding, Window.currentRow)
-    line = line.withColumn("next", F.min("next").over(so_far)).where(F.col("position").isNotNull())
+    line = line.withColumn("next", F.min("next").over(so_far)).where(F.col("_position").isNotNull())
     positive = F.coalesce(F.col("next") <= F.col("at") + micros(label.within), F.lit(False))
     answer = F.when(F.col("asked"), positive.cast("int")).otherwise(F.lit(NO_LABEL))
-    answers = line.select(*_ROW, "position", answer.alias("label"))
+    answers = line.select(*_ROW, "_position", answer.alias("label"))
     return (
         answers.groupBy(*_ROW)
         .agg(_collect(answers, "label").alias("labels"))

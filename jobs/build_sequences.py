@@ -155,6 +155,22 @@ def load_events(context: JobContext, day: str, inputs: dict[str, int]) -> DataFr
     return read(context, "events", days_from(context.lake, "events", "0001-01-01", day), inputs)
 
 
+def load_before(context: JobContext, inputs: dict[str, int]) -> DataFrame:
+    """The state at the end of the day before the context's, noted in `inputs`: one row per user.
+
+    Raises:
+        MissingPartitionError: as of `load_state`.
+    """
+    yesterday = shift(context.ds, -1)
+    state = load_state(context, yesterday, inputs)
+    if state is not None:
+        return state
+    if any(day <= yesterday for day in context.lake.partitions("events")):
+        events = load_events(context, yesterday, inputs)
+        return rebuild(events, context.dataset, yesterday, base=True).drop("ds")
+    return context.lake.frame(context.spark, "sequences", [yesterday]).drop("ds")
+
+
 def run(context: JobContext) -> None:
     """Build `sequences` of the context's day.
 

@@ -9,7 +9,7 @@ stops the day with one sentence that names the column, the value and the remedy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pyspark.errors import PySparkException
@@ -21,10 +21,12 @@ from feature_store.days import day_of
 from feature_store.errors import DataError
 from feature_store.spec import Dataset
 from feature_store.tables import contract
-from jobs import ingest_rows, sources
+from jobs import ingest_duplicates, ingest_rows, sources
 from jobs.context import JobContext, main
 from jobs.frames import conform, publish
-from jobs.ingest_rows import LATEST_DAYS, Problem
+from jobs.ingest_duplicates import KEYS, Dropped
+from jobs.ingest_rows import LATEST_DAYS
+from jobs.ingest_values import Problem
 from jobs.sources import SourceDay
 
 if TYPE_CHECKING:
@@ -33,11 +35,19 @@ if TYPE_CHECKING:
 _UNIT = "the time is in {}, and times are UTC microseconds: multiply it in the source"
 _REMEDIES = {
     Problem.TYPE: "the spec has another type: convert it in the source, or declare it otherwise",
+    Problem.ROUNDED: "a float holds no whole number of this size exactly: read the column as integers or text",
+    Problem.SPELLING: "the spec has text, and a float has several spellings: read the column as text or integers",
+    Problem.PADDED: "there are blanks around it, so that it matches no other: trim it in the source",
     Problem.NULL: "it is needed in every row: drop these rows in the source, or fill it in",
     Problem.NEGATIVE: "ids are 0 or more: use null where a value is missing, or map the ids",
+    Problem.RANGE: "numbers are finite float32: mend it in the source, "
+    "or set it to the nearer limit by Attribute(clip=(lowest, highest))",
     Problem.LENGTH: "the vector's length is not the spec's dim: mend one of them",
     Problem.LABEL: "a label is 1, 0 or null: map it in the source",
     Problem.KIND: "the spec has no target of this kind: declare it, or drop these rows",
+    Problem.TIME: "a time is microseconds since 1970 (int64), a timestamp, or ISO 8601 text: convert it in the source",
+    Problem.DATE: "it looks like a date written as digits, and times are UTC microseconds: "
+    "convert it in the source (to_timestamp)",
     Problem.SECONDS: _UNIT.format("seconds"),
     Problem.MILLISECONDS: _UNIT.format("milliseconds"),
     Problem.NANOSECONDS: "the time is in nanoseconds, and times are UTC microseconds: divide it in the source",
@@ -47,8 +57,6 @@ _REMEDIES = {
     Problem.ORDER: "it is before as_of, and features look at as_of: as_of is at or before time",
 }
 _TIMES = {Problem.FAR, Problem.OUTSIDE, Problem.ORDER}
-_IDS = {"events": "event_id", "impressions": "target_id"}
-_ORDER = {"events": ("available_time", "event_time"), "impressions": ("as_of", "time")}
 # error classes of Apache Spark, and what Sail says
 _UNREADABLE = (
     "PATH_NOT_FOUND",
@@ -66,19 +74,33 @@ def find_problem(counts: list[Row], dataset: Dataset, ds: str) -> str | None:
     Args:
         counts: rows of `summary`.
     """
-    wrong = [c for c in counts if c["problem"] is not None]
+    wrong = [c for c in counts if c["_problem"] is not None]
     if not wrong:
         return None
-    worst = max(wrong, key=lambda c: (c["rows"], c["part"], c["problem"]))
-    column, _, code = worst["problem"].partition("/")
-    value = worst["value"]
-    if code in _TIMES and _is_instant(value):
+    worst = max(wrong, key=lambda c: (c["rows"], c["_part"], c["_problem"]))
+    column, _, code = worst["_problem"].partition("/")
+    problem, value = Problem(code), worst["value"]
+    if problem in _TIMES and _is_instant(value):
         value += f" ({day_of(int(value), dataset.utc_offset)})"
+    remedy = _id_remedy(dataset, column) if problem is Problem.ID else _REMEDIES[problem]
     others = len(wrong) - 1
     return (
-        f"{dataset.name} {ds}: {worst['part']}.{column} is {value} in {worst['rows']} rows: "
-        f"{_REMEDIES[Problem(code)]}" + (f" ({others} more kinds of problem)" if others else "")
+        f"{dataset.name} {ds}: {worst['_part']}.{column} is {value} in {worst['rows']} rows: {remedy}"
+        + (f" ({others} more kinds of problem)" if others else "")
     )
+
+
+def _id_remedy(dataset: Dataset, column: str) -> str:
+    attributes = {a.name: a for a in (*dataset.event_attributes, *dataset.context_features)}
+    setting = f"Dataset({column}_type=IdType.STRING)"
+    if column in attributes:
+        vocabulary = attributes[column].vocabulary
+        setting = f"Attribute({column}, id_type=IdType.STRING)"
+        if vocabulary in ("item", "user"):
+            setting += f" and {vocabulary}_id_type=IdType.STRING"
+    elif column == "item_id":
+        setting += " and id_type=IdType.STRING of its attributes"
+    return f"the spec has integers: declare {setting}, or map it to integers in the source"
 
 
 def _is_instant(value: str) -> bool:
@@ -91,35 +113,69 @@ def summary(frames: Mapping[str, DataFrame]) -> DataFrame:
     marks = [
         frame.select(
             F.lit(table).alias("table"),
-            "part",
-            "problem",
-            "value",
-            F.when(~F.col("outside"), F.col(_IDS[table])).alias("id"),
-            F.col("late").cast("int").alias("late"),
+            "_part",
+            "_problem",
+            "_value",
+            F.when(~F.col("_outside"), F.xxhash64(*KEYS[table])).alias("key"),
+            F.col("_late").cast("int").alias("late"),
+            F.when(~F.col("_outside"), F.col("_clipped")).alias("clipped"),
         )
         for table, frame in frames.items()
     ]
     every = marks[0]
     for other in marks[1:]:
         every = every.unionByName(other)
-    return every.groupBy("table", "part", "problem").agg(
+    return every.groupBy("table", "_part", "_problem").agg(
         F.count(F.lit(1)).alias("rows"),
-        F.min("value").alias("value"),
-        F.count("id").alias("inside"),
-        F.count_distinct("id").alias("ids"),
+        F.min("_value").alias("value"),
+        F.count("key").alias("inside"),
+        F.count_distinct("key").alias("keys"),
         F.sum("late").alias("late"),
+        F.sum("clipped").alias("clipped"),
     )
 
 
-def notes_of(counts: list[Row], table: str) -> dict[str, object]:
-    """What the ledger keeps: rows read, duplicates and rows of other days dropped, late rows, by part."""
-    mine = sorted((c for c in counts if c["table"] == table), key=lambda c: c["part"])
+def has_repeats(counts: list[Row], table: str) -> bool:
+    """Whether rows of the day share a key."""
+    return any(c["inside"] != c["keys"] for c in counts if c["table"] == table)
+
+
+def notes_of(counts: list[Row], table: str, dropped: Dropped | None = None) -> dict[str, object]:
+    """What the ledger keeps of a table's day.
+
+    Args:
+        dropped: of the rows that share a key; None: no rows do.
+
+    Returns:
+        rows_read and clipped (values, of parts that have any) by part; the rows dropped as duplicates,
+        as later versions and as another day's; and of those kept, how many came late.
+    """
+    mine = sorted((c for c in counts if c["table"] == table), key=lambda c: c["_part"])
+    dropped = dropped or Dropped()
     return {
-        "rows_read": {c["part"]: c["rows"] for c in mine},
-        "duplicates_dropped": sum(c["inside"] - c["ids"] for c in mine),
-        "late": sum(c["late"] or 0 for c in mine),
+        "rows_read": {c["_part"]: c["rows"] for c in mine},
+        "clipped": {c["_part"]: c["clipped"] for c in mine if c["clipped"]},
+        "duplicates_dropped": dropped.duplicates,
+        "versions_dropped": dropped.versions,
         "other_days_dropped": sum(c["rows"] - c["inside"] for c in mine),
+        "late": sum(c["late"] or 0 for c in mine) - dropped.late,
     }
+
+
+def line_of(notes: Mapping[str, Any], table: str) -> str:
+    """What `ingest` prints of a table's day: rows read, dropped, and kept."""
+    read = ", ".join(f"{n} {part}" for part, n in notes["rows_read"].items())
+    found = f"{read or 'none'} read; {notes['duplicates_dropped']} duplicates"
+    if notes["versions_dropped"]:
+        found += f", {notes['versions_dropped']} later versions"
+    found += f" and {notes['other_days_dropped']} rows of other days dropped"
+    lost = ("duplicates_dropped", "versions_dropped", "other_days_dropped")
+    kept = sum(notes["rows_read"].values()) - sum(notes[n] for n in lost)
+    found += f"; {kept} kept" + (f", {notes['late']} of them late" if table == "events" else "")
+    if notes["clipped"]:
+        clipped = ", ".join(f"{n} of {part}" for part, n in notes["clipped"].items())
+        found += f"; values clipped: {clipped}"
+    return found
 
 
 def transform(day: SourceDay, dataset: Dataset, ds: str) -> dict[str, DataFrame]:
@@ -134,14 +190,6 @@ def transform(day: SourceDay, dataset: Dataset, ds: str) -> dict[str, DataFrame]
             day.impressions, dataset, ds, overlapping=day.overlapping
         )
     return frames
-
-
-def kept(frame: DataFrame, table: str, *, duplicates: bool) -> DataFrame:
-    """The rows of the day, each once."""
-    inside = frame.where(~F.col("outside"))
-    if not duplicates:  # the counts say so, and finding them out means sorting everything
-        return inside
-    return ingest_rows.first_of_each(inside, _IDS[table], _ORDER[table])
 
 
 def run(context: JobContext) -> None:
@@ -171,7 +219,29 @@ def run(context: JobContext) -> None:
         problem = find_problem(counts, dataset, ds)
         if problem:
             raise DataError(problem)
-        _publish(context, day, frames, counts)
+        rows, notes = {}, {}
+        for table, frame in frames.items():
+            rows[table], dropped = _once(frame, table, dataset, ds, has_repeats(counts, table))
+            notes[table] = notes_of(counts, table, dropped)
+        _publish(context, day, rows, notes)
+
+
+def _once(
+    frame: DataFrame, table: str, dataset: Dataset, ds: str, repeats: bool
+) -> tuple[DataFrame, Dropped]:
+    """The rows of the day, each key once. Without `repeats` nothing has to be sorted for that.
+
+    Raises:
+        DataError: rows of one key differ, and none came before the others.
+    """
+    inside = frame.where(~F.col("_outside"))
+    if not repeats:
+        return inside, Dropped()
+    conflict = ingest_duplicates.find_conflict(inside, table, dataset, ds)
+    if conflict:
+        raise DataError(conflict)
+    first = ingest_duplicates.first_of_each(inside, table)
+    return first, ingest_duplicates.dropped(inside, table)
 
 
 def _read(module: ModuleType, context: JobContext) -> SourceDay:
@@ -185,26 +255,21 @@ def _read(module: ModuleType, context: JobContext) -> SourceDay:
 
 
 def _publish(
-    context: JobContext, day: SourceDay, frames: Mapping[str, DataFrame], counts: list[Row]
+    context: JobContext,
+    day: SourceDay,
+    rows: Mapping[str, DataFrame],
+    notes: Mapping[str, dict[str, object]],
 ) -> None:
     dataset, ds = context.dataset, context.ds
     for table in ("events", "impressions"):
-        notes = notes_of(counts, table)
-        if table in frames:
-            once = kept(frames[table], table, duplicates=bool(notes["duplicates_dropped"]))
-            rows = conform(once, contract(dataset, table), ds)
-            publish(context, table, rows, {}, **notes, **(day.notes if table == "events" else {}))
+        found = notes.get(table) or notes_of([], table)
+        shape = contract(dataset, table)
+        if table in rows:
+            more = day.notes if table == "events" else {}
+            publish(context, table, conform(rows[table], shape, ds), {}, **found, **more)
         else:
-            _publish_arrow(context, table, contract(dataset, table).schema.empty_table(), notes)
-        read = notes["rows_read"]
-        assert isinstance(read, dict)
-        print(
-            f"{dataset.name} {ds} {table}: "
-            + (", ".join(f"{n} {part}" for part, n in read.items()) or "none")
-            + f"; {notes['duplicates_dropped']} duplicates and {notes['other_days_dropped']} rows of other days dropped"
-            + (f"; {notes['late']} late" if table == "events" else ""),
-            flush=True,
-        )
+            _publish_arrow(context, table, shape.schema.empty_table(), found)
+        print(f"{dataset.name} {ds} {table}: {line_of(found, table)}", flush=True)
     if day.truth is not None:
         truth = day.truth.append_column("ds", pa.array([ds] * day.truth.num_rows, pa.string()))
         _publish_arrow(context, "truth", truth, {})

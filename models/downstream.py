@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch import Batch
-from models.features import FeaturePlan
+from models.features import FeaturePlan, member
 from models.history import bag_match_numbers, bag_match_width
 from models.interactions import PairwiseDots
 from models.numbers import Standardise
@@ -105,15 +105,15 @@ class Downstream(nn.Module):
             n_tokens += self.user.n_tokens
         standardised = config.sources if config.standardise else ()
         self.scaled = nn.ModuleDict(
-            {s.name: Standardise(s.embeddings * s.dim, log=False) for s in standardised}
+            {member(s.name): Standardise(s.embeddings * s.dim, log=False) for s in standardised}
         )
         self.published = nn.ModuleDict(
-            {s.name: nn.Linear(s.dim, dim, bias=False) for s in config.sources}
+            {member(s.name): nn.Linear(s.dim, dim, bias=False) for s in config.sources}
         )
         for matrix in self.published.values():
             nn.init.zeros_(matrix.weight)
         self.missing = nn.ParameterDict(
-            {s.name: nn.Parameter(torch.zeros(s.embeddings, dim)) for s in config.sources}
+            {member(s.name): nn.Parameter(torch.zeros(s.embeddings, dim)) for s in config.sources}
         )
         n_tokens += sum(s.embeddings for s in config.sources)
         self.dots = PairwiseDots(n_tokens)
@@ -178,8 +178,9 @@ class Downstream(nn.Module):
         if values.shape != shape:
             raise ValueError(f"{source.name} has shape {tuple(values.shape)}, expected {shape}")
         known = present.to(torch.bool)
+        name = member(source.name)
         if self.config.standardise:
-            values = self.scaled[source.name](values.flatten(1), known).view(shape)
+            values = self.scaled[name](values.flatten(1), known).view(shape)
         seen = known[:, None, None]
         values = torch.where(seen, values, torch.zeros_like(values))
-        return torch.where(seen, self.published[source.name](values), self.missing[source.name])
+        return torch.where(seen, self.published[name](values), self.missing[name])

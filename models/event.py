@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.batch import Batch, Histories
 from models.clock import PHASES, gap_bucket, phases
-from models.features import FeaturePlan
+from models.features import FeaturePlan, member
 from models.numbers import Standardise
 from models.tables import Lookup
 
@@ -40,13 +40,13 @@ class EventEncoder(nn.Module):
         self.plan = plan
         scale = dim**-0.5
         self.compress = nn.ParameterDict(
-            {c.name: nn.Parameter(torch.randn(width, dim) * scale) for c in plan.event_ids}
+            {member(c.name): nn.Parameter(torch.randn(width, dim) * scale) for c in plan.event_ids}
         )
         if plan.event_numbers:
             self.standardise = Standardise(len(plan.event_numbers))
             self.numbers = nn.Linear(len(plan.event_numbers), width, bias=False)
         self.vectors = nn.ModuleDict(
-            {name: nn.Linear(size, width, bias=False) for name, size in plan.event_vectors}
+            {member(name): nn.Linear(size, width, bias=False) for name, size in plan.event_vectors}
         )
         self.stream = nn.Embedding(len(plan.streams), width)
         self.phase = nn.Linear(PHASES, width)
@@ -65,13 +65,13 @@ class EventEncoder(nn.Module):
         encoded = self.stream(batch.event_stream) + self.phase(phases(batch.event_time))
         encoded = encoded + self.gap(_gaps(batch))
         if embeddings:
-            weights = [self.compress[c.name] for c in self.plan.event_ids]
+            weights = [self.compress[member(c.name)] for c in self.plan.event_ids]
             encoded = encoded + F.linear(torch.cat(embeddings, dim=1), torch.cat(weights, dim=1))
         if self.plan.event_numbers:
             raw = torch.stack([batch.event_floats[n] for n in self.plan.event_numbers], dim=1)
             encoded = encoded + self.numbers(self.standardise(raw))
         for name, _ in self.plan.event_vectors:
-            encoded = encoded + self.vectors[name](batch.event_floats[name])
+            encoded = encoded + self.vectors[member(name)](batch.event_floats[name])
         return self.norm(encoded)
 
 

@@ -12,7 +12,8 @@ from datetime import timedelta
 
 from feature_store.spec import Attribute, Dataset, Kind
 
-ITEM = "item"  # the vocabulary, and the name of a target's item as a feature
+ITEM = "item"  # the vocabulary
+TARGET_ITEM = "_item"  # a target's item as a feature, beside context features of any name
 
 _ONE_US = timedelta(microseconds=1)
 
@@ -39,7 +40,7 @@ class Match:
     """A candidate's id that the history carries too.
 
     Args:
-        candidate: ITEM or a context feature.
+        candidate: TARGET_ITEM or a context feature.
         name: an event attribute, or a sparse feature, of the same vocabulary.
         streams: indices of the streams that have the attribute; empty for a sparse feature.
     """
@@ -56,7 +57,7 @@ class FeaturePlan:
     Args:
         streams, target_kinds, tasks: names, in spec order.
         event_ids, event_numbers, event_vectors: attributes of the events (vectors with their dim).
-        candidates: categorical features of a target; ITEM first, where any kind of target has one.
+        candidates: categorical features of a target; TARGET_ITEM first, where any kind of target has one.
         context_numbers, item_numbers: numeric features of a target.
         pair_numbers: numeric features of a target and an event that it sees.
         ordered_items: near item ids are alike.
@@ -90,7 +91,7 @@ def feature_plan(dataset: Dataset) -> FeaturePlan:
     """The features of `dataset`, each list in the order in which the spec declares it."""
     candidates = _categories(dataset.context_features)
     if any(t.has_item for t in dataset.targets):
-        candidates = (Category(name=ITEM, vocabulary=ITEM), *candidates)
+        candidates = (Category(name=TARGET_ITEM, vocabulary=ITEM), *candidates)
     event_ids = _categories(dataset.event_attributes)
     carriers = {
         e.name: tuple(
@@ -160,6 +161,12 @@ def pair_number_names(dataset: Dataset) -> tuple[str, ...]:
         if dataset.stream(pairs.stream).attribute(name).vocabulary == ITEM:
             names.append(f"{name}_after")  # the other way round: the value came after the item
     return tuple(names)
+
+
+def member(name: str) -> str:
+    """What a part of a module that belongs to `name` is called there: `keys`, `type` and `float` may be
+    names of a spec, and are attributes of modules."""
+    return f"of_{name}"
 
 
 def _categories(attributes: tuple[Attribute, ...]) -> tuple[Category, ...]:

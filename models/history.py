@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.attention_inputs import first_pairs
 from models.batch import Batch
-from models.features import ITEM, FeaturePlan, Match
+from models.features import TARGET_ITEM, FeaturePlan, Match
 
 _MINUTE_US = 60_000_000
 _NEVER = torch.iinfo(torch.int64).min
@@ -51,7 +51,7 @@ def target_pairs(batch: Batch) -> Pairs:
 
 def candidate_ids(batch: Batch, name: str) -> Tensor:
     """(T,) raw ids of a candidate feature."""
-    return batch.item_id if name == ITEM else batch.context_ids[name]
+    return batch.item_id if name == TARGET_ITEM else batch.context_ids[name]
 
 
 def pair_ids(batch: Batch, pairs: Pairs, match: Match) -> tuple[Tensor, Tensor]:

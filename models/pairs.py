@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch import Batch
-from models.features import ITEM, FeaturePlan
+from models.features import TARGET_ITEM, FeaturePlan
 from models.history import Pairs, equal_ids, pair_ids
 from models.numbers import HINGES, Standardise, hinges
 
@@ -48,8 +48,10 @@ class PairNumbers(nn.Module):
     def __init__(self, plan: FeaturePlan) -> None:
         super().__init__()
         self.plan = plan
-        self.distant = [m for m in plan.matches if plan.ordered_items and m.candidate == ITEM]
-        self.carriers = [m.name for m in plan.matches if m.candidate == ITEM]
+        self.distant = [
+            m for m in plan.matches if plan.ordered_items and m.candidate == TARGET_ITEM
+        ]
+        self.carriers = [m.name for m in plan.matches if m.candidate == TARGET_ITEM]
         numbers = len(plan.pair_numbers) + len(self.distant) + 2
         self.standardise = Standardise(numbers)
         self.sums = Standardise(len(plan.pair_numbers))

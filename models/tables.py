@@ -24,6 +24,8 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from models.features import member
+
 _MULTIPLIER = -7046029254386353131  # 2**64 / golden ratio, as int64 (Knuth, TAOCP 3, 6.4)
 _BITS_31 = (1 << 31) - 1
 
@@ -120,7 +122,7 @@ class Tables(nn.Module):
         self.collection = FusedEmbeddingBagCollection(
             tables=[
                 EmbeddingBagConfig(
-                    name=name,
+                    name=member(name),
                     feature_names=[name],
                     num_embeddings=self.rows[name],
                     embedding_dim=config.dim,
@@ -199,8 +201,8 @@ class Tables(nn.Module):
         state = self.collection.fused_optimizer().state_dict()["state"]
         found = {}
         for key, slots in state.items():
-            name = key.removesuffix(".weight").rsplit(".", 1)[-1]
-            (found[name],) = slots.values()
+            table = key.removesuffix(".weight").rsplit(".", 1)[-1]
+            (found[table.removeprefix(member(""))],) = slots.values()
         return found
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> list[str]:

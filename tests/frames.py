@@ -8,7 +8,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from feature_store.days import shift
 from feature_store.spec import Dataset
 from feature_store.tables import contract
-from jobs import build_aggregates, build_examples, build_sequences
+from jobs import build_aggregates, build_examples, build_sequences, item_features
 from tests import reference
 from tests.tiny import DAYS, TINY, Row, World, arrow
 
@@ -40,6 +40,23 @@ def assert_same(got: list[Row], want: list[Row], table: str, dataset: Dataset = 
             assert ours[name][column] == row[column], f"{table} {name}: {column}"
 
 
+def items_before(world: World, ds: str) -> list[Row]:
+    """Partitions of `item_aggregates` before `ds`, by the reference."""
+    return [r for d in DAYS if d < ds for r in reference.item_aggregates(world.events, TINY, d)]
+
+
+def build_items_of(spark: SparkSession, world: World, ds: str) -> DataFrame:
+    """The partition `ds` of `item_aggregates`, the days before it by the reference."""
+    held = reference.sequences(world.events, TINY, shift(ds, -1), base=True)
+    return item_features.transform(
+        frame(spark, world.events[ds], "events"),
+        frame(spark, items_before(world, ds), "item_aggregates"),
+        frame(spark, held, "sequences").drop("ds"),
+        TINY,
+        ds,
+    )
+
+
 def build_examples_of(
     spark: SparkSession, world: World, ds: str, *, look_first: bool = False
 ) -> list[Row]:
@@ -50,9 +67,9 @@ def build_examples_of(
         look_first: find out what is unusual about the day, as the job does.
     """
     yesterday = shift(ds, -1)
-    items = [r for d in DAYS if d <= ds for r in reference.item_aggregates(world.events, TINY, d)]
     before = frame(spark, until(world.events, yesterday), "events")
     state = build_sequences.rebuild(before, TINY, yesterday, base=True)
+    items = [*items_before(world, ds), *reference.item_aggregates(world.events, TINY, ds)]
     served = build_aggregates.transform(before, TINY, yesterday)
     events = frame(spark, world.events[ds], "events")
     impressions = frame(spark, world.impressions[ds], "impressions")

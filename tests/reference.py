@@ -89,7 +89,7 @@ def history(events: list[Row], dataset: Dataset, stream: str, *, event_id: bool)
 
 def sequences(events: dict[str, list[Row]], dataset: Dataset, ds: str, *, base: bool) -> list[Row]:
     """The partition `ds` of `sequences`."""
-    touched = {e["user_id"] for e in events[ds]}
+    touched = {e["user_id"] for e in events.get(ds, ())}
     rows = []
     for user, streams in states(events, dataset, ds).items():
         if base or user in touched:
@@ -209,16 +209,18 @@ def co_occurrences(
     pairs = dataset.item_features.co_occurrence
     found: dict[str, dict] = {f"beside__{n}": {} for n in pairs.beside}
     found |= {f"before_{lags}__{n}": {} for n in pairs.before for lags in pairs.lags}
-    for streams in states(events, dataset, ds).values():
-        held = streams[pairs.stream]
-        for i, e in enumerate(held):
-            if e["ds"] != ds or e[pairs.attribute] != item:
+    state = states(events, dataset, shift(ds, -1))
+    for user in {e["user_id"] for e in events[ds]}:
+        held = state[user][pairs.stream] if user in state else []
+        line = held + unseen(events[ds], user, pairs.stream, held)
+        for i, e in enumerate(line):
+            if i < len(held) or e[pairs.attribute] != item:
                 continue
             if e["available_time"] // HOUR_US != hour:
                 continue
             values = [(f"beside__{n}", e[n]) for n in pairs.beside]
             for lags in pairs.lags:
-                earlier = held[max(i - lags, 0) : i]
+                earlier = line[max(i - lags, 0) : i]
                 values += [(f"before_{lags}__{n}", b[n]) for n in pairs.before for b in earlier]
             for column, value in values:
                 if is_id(value) and (not column.endswith("__article") or value != item):
@@ -242,11 +244,14 @@ def examples(
     state = states(events, dataset, shift(ds, -1))
     served = {} if first else {r["user_id"]: r for r in aggregates(events, dataset, shift(ds, -1))}
     order = {s.name: i for i, s in enumerate(dataset.streams)}
+    kinds = [t.name for t in dataset.targets]
     rows = []
     for user in {t["user_id"] for t in impressions[ds]}:
         held = state.get(user, {s.name: [] for s in dataset.streams})
         day = [
-            ((t["as_of"], -1, t["target_id"]), t) for t in impressions[ds] if t["user_id"] == user
+            ((t["as_of"], -1, t["target_id"], kinds.index(t["target"])), t)
+            for t in impressions[ds]
+            if t["user_id"] == user
         ]
         for s in dataset.streams:
             day += [
@@ -315,11 +320,15 @@ def labels(
     rows = []
     for task in dataset.tasks:
         shown = shift(ds, -task.matures_after)
-        targets = {t["target_id"]: t for t in impressions.get(shown, ())}
+        targets = {
+            (t["user_id"], t["target"], t["target_id"]): t for t in impressions.get(shown, ())
+        }
         for example in example_rows.get(shown, ()):
             answers = []
-            for target_id in example["targets__target_id"]:
-                target = targets[target_id]
+            for kind, target_id in zip(
+                example["targets__target"], example["targets__target_id"], strict=True
+            ):
+                target = targets[example["user_id"], dataset.targets[kind].name, target_id]
                 asked = target["target"] in task.targets
                 if task.domain is not None:
                     asked = asked and target[dataset.domain] == task.domain

@@ -26,7 +26,7 @@ from feature_store.tables import NO_LABEL
 from jobs.training.checkpoints import replacing
 from jobs.training.loader import Limits, cuts
 from jobs.training.rows import Rows
-from models.features import ITEM, FeaturePlan, feature_plan
+from models.features import ITEM, TARGET_ITEM, FeaturePlan, feature_plan
 from models.history import bag_match_numbers, match_numbers, stream_numbers, target_pairs
 
 WINDOW = 50  # newest events with an item that a sequence holds
@@ -179,7 +179,7 @@ def _named(prefix: str, names: Sequence[str] | None, values: np.ndarray) -> summ
 
 def item_attribute(plan: FeaturePlan) -> str:
     """The attribute of events that holds an item."""
-    return next(m.name for m in plan.matches if m.candidate == ITEM)
+    return next(m.name for m in plan.matches if m.candidate == TARGET_ITEM)
 
 
 def flat_day(lake: Lake, dataset: Dataset, ds: str, *, share: float, folder: Path) -> Flat:

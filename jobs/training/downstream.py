@@ -22,10 +22,12 @@ from jobs.training.rows import Rows
 from models import metrics
 from models.batch import Batch, Sparse
 from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
-from models.features import ITEM, FeaturePlan, feature_plan
+from models.features import TARGET_ITEM, FeaturePlan, feature_plan
 from models.loss import multi_task_loss
 
 REFERENCE = "aggregates"
+_ITEM, _TIME, _POPULARITY = "the item", "time of day", "item popularity and age"
+_USER = "user's "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,13 +326,15 @@ def _only_task(batch: Batch, index: int) -> Batch:
 
 
 def features(plan: FeaturePlan, arm: ArmConfig) -> list[str]:
-    """Features of the arm that are permuted one by one; all item popularity counts as one."""
-    names = [c.name for c in plan.candidates] + list(plan.context_numbers) + ["time of day"]
+    """Features of the arm that are permuted one by one, as people read them; all item popularity counts
+    as one. What is no context feature has a blank in its title, which no name of a spec has."""
+    names = [_ITEM if c.name == TARGET_ITEM else c.name for c in plan.candidates]
+    names += [*plan.context_numbers, _TIME]
     if plan.item_numbers:
-        names.append("item popularity and age")
+        names.append(_POPULARITY)
     if arm.user_features:
-        names += [u.name for u in plan.user_ids] + [b.name for b in plan.bags]
-        names += list(plan.user_numbers)
+        of_user = [u.name for u in plan.user_ids] + [b.name for b in plan.bags]
+        names += [f"{_USER}{name}" for name in (*of_user, *plan.user_numbers)]
     return names + [f"{m} embeddings" for m in arm.sources]
 
 
@@ -349,28 +353,30 @@ def permuted(
         if feature == f"{model} embeddings":
             out[model] = Published(values[rows], present[rows])
             return batch, out
-    if feature in batch.sparse and feature in {b.name for b in plan.bags}:
-        sparse = {**batch.sparse, feature: _permuted_sparse(batch.sparse[feature], rows)}
-        return replace(batch, sparse=sparse), out
-    if feature in plan.user_numbers:
-        dense = batch.dense.clone()
-        column = plan.user_numbers.index(feature)
-        dense[:, column] = dense[rows, column]
-        return replace(batch, dense=dense), out
-    if feature in {u.name for u in plan.user_ids}:
-        moved = {**batch.user_ids, feature: batch.user_ids[feature][rows]}
-        return replace(batch, user_ids=moved), out
-    if feature == ITEM:
+    if feature.startswith(_USER):
+        return _permuted_user(batch, feature.removeprefix(_USER), rows, plan), out
+    if feature == _ITEM:
         return replace(batch, item_id=batch.item_id[targets]), out
-    if feature == "time of day":
+    if feature == _TIME:
         return replace(batch, as_of=batch.as_of[targets]), out
-    if feature == "item popularity and age":
+    if feature == _POPULARITY:
         return replace(batch, item_features=batch.item_features[targets]), out
     if feature in batch.context_ids:
         moved = {**batch.context_ids, feature: batch.context_ids[feature][targets]}
         return replace(batch, context_ids=moved), out
     moved = {**batch.context_floats, feature: batch.context_floats[feature][targets]}
     return replace(batch, context_floats=moved), out
+
+
+def _permuted_user(batch: Batch, name: str, rows: torch.Tensor, plan: FeaturePlan) -> Batch:
+    if name in batch.sparse:
+        sparse = {**batch.sparse, name: _permuted_sparse(batch.sparse[name], rows)}
+        return replace(batch, sparse=sparse)
+    if name in batch.user_ids:
+        return replace(batch, user_ids={**batch.user_ids, name: batch.user_ids[name][rows]})
+    dense, column = batch.dense.clone(), plan.user_numbers.index(name)
+    dense[:, column] = dense[rows, column]
+    return replace(batch, dense=dense)
 
 
 def _permuted_sparse(sparse: Sparse, rows: torch.Tensor) -> Sparse:

@@ -42,12 +42,13 @@ def columns_of(
     dataset: Dataset, table: str, *, history: bool = True, user_features: bool = True
 ) -> list[str]:
     """Columns of `table` that a reader needs which leaves out histories, or user features."""
-    names = [n for n in contract(dataset, table).schema.names if n != "ds"]
+    unread = {"ds", *(history_column(s.name, "event_id") for s in dataset.streams)}
+    names = [n for n in contract(dataset, table).schema.names if n not in unread]
     if not history:
         names = [n for n in names if not n.startswith(("history__", "targets__history_end__"))]
     if not user_features:
         names = [n for n in names if not n.startswith(("user__", "sparse__", "dense__"))]
-    return [n for n in names if not n.endswith("__event_id")]
+    return names
 
 
 def jagged(column: pa.Array) -> Jagged:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 
 from feature_store.days import HOUR_US, end_us, shift, start_us
-from jobs import build_aggregates, build_labels, build_sequences, item_features
+from jobs import build_aggregates, build_labels, build_sequences
 from jobs.frames import newest
 from tests import reference
-from tests.frames import assert_same, build_examples_of, frame, rows_of, until
+from tests.frames import assert_same, build_examples_of, build_items_of, frame, rows_of, until
 from tests.tiny import DAYS, TINY, Row, World, event, target, worlds
 
 
@@ -59,15 +59,9 @@ def test_aggregates_equal_the_naive_reference(spark, world):
 @settings(max_examples=5)
 @given(world=worlds())
 def test_item_counts_by_the_hour_equal_the_naive_reference(spark, world):
-    written: dict[str, list[Row]] = {}
     for day in DAYS[:3]:
-        earlier = frame(spark, until(written, day), "item_aggregates")
-        today = frame(spark, world.events[day], "events")
-        state = reference.sequences(world.events, TINY, day, base=True)
-        sequences = frame(spark, state, "sequences")
-        written[day] = rows_of(item_features.transform(today, earlier, sequences, TINY, day))
         want = reference.item_aggregates(world.events, TINY, day)
-        assert_same(written[day], want, "item_aggregates")
+        assert_same(rows_of(build_items_of(spark, world, day)), want, "item_aggregates")
 
 
 def _labels(spark, world: World, examples: dict[str, list[Row]], ds: str) -> list[Row]:

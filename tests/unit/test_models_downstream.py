@@ -10,7 +10,7 @@ import torch
 
 from models.batch import Batch
 from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
-from models.features import feature_plan
+from models.features import feature_plan, member
 from models.loss import multi_task_loss
 from models.tables import TableConfig
 from tests.batches import random_batch
@@ -81,7 +81,7 @@ def test_the_context_arm_reads_nothing_of_the_user() -> None:
 def test_a_missing_embedding_is_known_to_be_missing_whatever_lies_there() -> None:
     model, batch = reading("context and embeddings").eval(), random_batch(TINY)
     with torch.no_grad():
-        model.missing["sum"].fill_(0.3)
+        model.missing[member("sum")].fill_(0.3)
     values, present = published(batch)["sum"]
     junk = torch.where(present[:, None, None], values, float("nan"))
     first = model(batch, {"sum": Published(values, present)})

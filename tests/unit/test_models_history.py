@@ -10,7 +10,7 @@ import torch
 from feature_store.days import DAY_US, HOUR_US, day_of, shift, start_us
 from models.batch import Batch
 from models.clock import gap_bucket, phases
-from models.features import ITEM, feature_plan
+from models.features import TARGET_ITEM, feature_plan
 from models.history import (
     bag_match_numbers,
     bag_match_width,
@@ -48,11 +48,11 @@ def counted(batch: Batch, events: list[int], at: int) -> tuple[float, float]:
 
 
 def test_the_plan_shares_vocabularies_and_keeps_the_order_of_the_spec() -> None:
-    assert [c.name for c in PLAN.candidates] == [ITEM, "place"]
+    assert [c.name for c in PLAN.candidates] == [TARGET_ITEM, "place"]
     assert {c.name: c.vocabulary for c in PLAN.event_ids}["article"] == "item"
     assert PLAN.event_numbers == ("price",) and PLAN.event_vectors == (("topic", 2),)
     (match,) = PLAN.matches
-    assert (match.candidate, match.name, match.streams) == (ITEM, "article", (0, 1))
+    assert (match.candidate, match.name, match.streams) == (TARGET_ITEM, "article", (0, 1))
     assert {m.name for m in PLAN.bag_matches} == {"clicked", "viewed"}
 
 

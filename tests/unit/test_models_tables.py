@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.features import member
 from models.tables import Lookup, TableConfig, Tables, bag_weights, table_rows
 
 CONFIG = TableConfig(dim=4, default_rows=16, item_rows=32, init_scale=1.0)
 
 
 def weight(tables: Tables, name: str) -> Tensor:
-    return tables.collection.embedding_bags[name].weight.detach()
+    return tables.collection.embedding_bags[member(name)].weight.detach()
 
 
 def test_lookups_are_the_rows_of_their_tables() -> None:

@@ -25,6 +25,7 @@ from feature_store.spec import (
     Task,
     UserAttribute,
 )
+from feature_store.tables import contracts
 
 ITEM = Attribute(name="article", vocabulary="item")
 PRICE = Attribute(name="price", kind=Kind.NUMERIC)
@@ -40,6 +41,11 @@ SPEC = Dataset(
     tasks=(CLICK,),
     domain="device",
 )
+
+
+def _matched(ours: str, theirs: str) -> Task:
+    label = EventLabel(stream="clicks", within=timedelta(hours=1), match=((ours, theirs),))
+    return replace(CLICK, label=label, matures_after=1)
 
 
 def test_a_consistent_spec_is_accepted_and_knows_its_parts() -> None:
@@ -61,6 +67,23 @@ def test_a_consistent_spec_is_accepted_and_knows_its_parts() -> None:
         (Attribute, {"name": "v", "kind": Kind.VECTOR}, r"\(v\).dim is None: a vector needs its"),
         (Attribute, {"name": "v", "kind": Kind.VECTOR, "dim": 0}, r"\(v\).dim is 0: a vector"),
         (Attribute, {"name": "a", "dim": 3}, r"\(a\).dim is 3: only a vector"),
+        (
+            Attribute,
+            {"name": "a", "vocabulary": "a b"},
+            r"\(a\).vocabulary is 'a b': use lower-case",
+        ),
+        (Attribute, {"name": "a", "clip": (0.0, 1.0)}, r"\(a\).clip is .*: ids are not clipped"),
+        (
+            Attribute,
+            {"name": "a", "kind": Kind.NUMERIC, "clip": (1.0, 1.0)},
+            r"\(a\).clip is \(1.0, 1.0\): give the lowest and the highest",
+        ),
+        (
+            Attribute,
+            {"name": "a", "kind": Kind.NUMERIC, "clip": (0.0, 1e39)},
+            r"\(a\).clip is .*: .* both finite in float32",
+        ),
+        (GivenLabel, {"column": "Clicked?"}, r"GivenLabel.column is 'Clicked\?': use lower-case"),
         (EventStream, {"name": "A", "attributes": (), "max_events": 1}, r"EventStream.name is 'A'"),
         (
             EventStream,
@@ -80,7 +103,7 @@ def test_a_consistent_spec_is_accepted_and_knows_its_parts() -> None:
         (
             EventStream,
             {"name": "s", "attributes": (PRICE,), "max_events": 1, "id_from": ("cost",)},
-            r"\(s\).id_from is 'cost': not declared; known are user_id, event_time, price",
+            r"\(s\).id_from is 'cost': not declared; known are user_id, event_time, event_id, price",
         ),
         (Target, {"name": "T"}, r"Target.name is 'T'"),
         (Target, {"name": "t", "context": (PRICE, PRICE)}, r"\(t\).context is 'price'.*twice"),
@@ -323,13 +346,85 @@ def test_a_part_that_contradicts_itself_is_refused(
                     ),
                 )
             },
-            r"label.match is 'x': not declared; known are article, price",
+            r"label.match is 'x': not declared; known are article",
+        ),
+        (
+            {"target_id_type": IdType.STRING, "targets": (replace(VIEW, id_from=("time",)),)},
+            r"target_id_type is .*: Target\(view\).id_from makes numbers; use INT64",
+        ),
+        (
+            {"target_id_type": IdType.STRING, "tasks": (_matched("target_id", "article"),)},
+            r"match is \('target_id', 'article'\): target_id is string and article int64; store them alike",
+        ),
+        (
+            {
+                "tasks": (_matched("item_id", "article"),),
+                "targets": (replace(VIEW, has_item=False),),
+            },
+            r"label.match is 'item_id': not declared; known are target_id, device",
+        ),
+        (
+            {"tasks": (_matched("item_id", "price"),)},
+            r"label.match is 'price': not declared; known are article",
+        ),
+        (
+            {"tasks": (replace(CLICK, domain="feed"),)},
+            r"domain is 'feed': device is int64; write it",
+        ),
+        (
+            {"targets": (replace(VIEW, context=(replace(PRICE, name="device"),)),)},
+            r"domain is 'device': not declared; known are none",
+        ),
+        (
+            {"tasks": (replace(CLICK, label=GivenLabel(column="device")),)},
+            r"GivenLabel.column is 'device': the name is a column of ours, or a context feature",
+        ),
+        (
+            {"item_features": ItemFeatures(streams=(("clicks", "article"),), windows_hours=(6, 6))},
+            r"a column of examples is 'targets__item__clicks_6h': the name is used twice",
+        ),
+        (
+            {
+                "streams": (CLICKS, replace(CLICKS, name="clicks_share")),
+                "item_features": ItemFeatures(
+                    streams=(("clicks", "article"), ("clicks_share", "article")), windows_hours=(1,)
+                ),
+            },
+            r"a column of examples is 'targets__item__clicks_share_1h': the name is used twice",
         ),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(change: dict, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         replace(SPEC, **change)
+
+
+def test_names_of_our_columns_beside_raw_ones_are_refused_and_no_others() -> None:
+    """Derived from the contracts: every column of `events` and `impressions` that no spec names."""
+    plain = replace(
+        SPEC, streams=(replace(CLICKS, attributes=()),), targets=(Target(name="view"),), domain=None
+    )
+    tables = contracts(plain)
+    columns = {n for t in ("events", "impressions") for n in tables[t].schema.names}
+    for name in {n for t in tables.values() for n in t.schema.names} | {
+        "part",
+        "value",
+        "class",
+        "a" * 300,
+    }:
+        if "__" in name:
+            continue  # no name of a spec has that
+        attribute = Attribute(name=name)
+        for change in (
+            {"streams": (replace(CLICKS, attributes=(attribute,)),)},
+            {"targets": (Target(name="view", context=(attribute,)),)},
+            {"tasks": (replace(CLICK, label=GivenLabel(column=name)),)},
+        ):
+            if name in columns:
+                with pytest.raises(SpecError, match=f"is '{name}': the name is a column of ours"):
+                    replace(plain, **change)
+            else:
+                replace(plain, **change)
 
 
 def test_an_unknown_task_attribute_or_dataset_is_named_with_what_there_is() -> None:
