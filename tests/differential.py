@@ -93,13 +93,12 @@ def _reader(world: World) -> Any:
     columns: dict[str, dict[str, pa.DataType]] = {}
     user = {"user_id": _type_of_id(dataset.user_id_type)}
     for s in dataset.streams:
-        own = {} if s.id_from else {"event_id": pa.int64()}
+        own = {"event_id": pa.int64()} if not s.id_from or "event_id" in s.id_from else {}
         times = {"event_time": _TIME, "ingest_time": _TIME}
         columns[s.name] = user | own | times | {a.name: _type_of(a) for a in s.attributes}
     columns[""] = user | {"target": pa.string(), "time": _TIME, "as_of": _TIME}
     if not all(t.id_from for t in dataset.targets):
-        own_type = getattr(dataset, "target_id_type", IdType.INT64)
-        columns[""]["target_id"] = _type_of_id(own_type)
+        columns[""]["target_id"] = _type_of_id(dataset.target_id_type)
     if any(t.has_item for t in dataset.targets):
         columns[""]["item_id"] = _type_of_id(dataset.item_id_type)
     columns[""] |= {c.name: _type_of(c) for c in dataset.context_features}

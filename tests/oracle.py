@@ -84,10 +84,9 @@ def bounds(dataset: Dataset, ds: str) -> tuple[int, int]:
 
 
 def event_id(stream: EventStream, raw: Row) -> tuple[Any, ...]:
-    """What identifies an event: its stream, and what the spec names, or its user and own id."""
-    if stream.id_from:
-        return (stream.name, *(raw[c] for c in stream.id_from))
-    return (stream.name, raw["user_id"], raw["event_id"])
+    """What identifies an event: its stream and user, and what the spec names or its own id."""
+    own = stream.id_from or ("event_id",)
+    return (stream.name, raw["user_id"], *(raw[c] for c in own))
 
 
 def arrival(raw: Row) -> int:

@@ -9,7 +9,7 @@ and differ, is left in only where the world says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -128,10 +128,7 @@ def datasets(draw: Draw) -> Dataset:
     """Specs with one to three streams and one or two kinds of target."""
     names = draw(st.lists(st.sampled_from(NAMES), unique=True, min_size=20, max_size=20))
     ids = st.sampled_from(IdType)
-    item_type, user_type, target_type = draw(ids), draw(ids), IdType.INT64
-    has_target_type = "target_id_type" in {f.name for f in fields(Dataset)}
-    if has_target_type:
-        target_type = draw(ids)
+    item_type, user_type, target_type = draw(ids), draw(ids), draw(ids)
     pool = draw(_attributes(names, item_type))
     half_hours = st.integers(0, 3).map(lambda n: timedelta(minutes=30 * n))
 
@@ -141,7 +138,7 @@ def datasets(draw: Draw) -> Dataset:
         plain = [a.name for a in attributes if a.kind is not Kind.VECTOR]
         id_from: tuple[str, ...] = ()
         if draw(st.booleans()):
-            id_from = ("user_id", "event_time", *_some(draw, plain, most=2))
+            id_from = _some(draw, ("user_id", "event_time", "event_id", *plain), least=1, most=4)
         streams.append(
             EventStream(
                 name=names.pop(),
@@ -169,7 +166,7 @@ def datasets(draw: Draw) -> Dataset:
                 context=context,
                 id_from=()
                 if own
-                else ("user_id", "time", *_some(draw, [c.name for c in context], most=1)),
+                else _some(draw, ("user_id", "time", "as_of", *(c.name for c in context)), least=1),
             )
         )
     ids_of = [(s, a) for s in streams for a in s.attributes if a.kind is Kind.CATEGORICAL]
@@ -177,7 +174,6 @@ def datasets(draw: Draw) -> Dataset:
     domains = [c for c in known.values() if c.kind is Kind.CATEGORICAL]
     domain = draw(st.sampled_from(domains)) if domains and draw(st.booleans()) else None
     tasks = draw(_tasks(names, streams, targets, domain, item_type, target_type))
-    optional = {"target_id_type": target_type} if has_target_type else {}
     return Dataset(
         name="world",
         first_day=FIRST_DAY,
@@ -187,6 +183,7 @@ def datasets(draw: Draw) -> Dataset:
         utc_offset=draw(st.sampled_from([timedelta(hours=h) for h in (0, -3, 5.5)])),
         user_id_type=user_type,
         item_id_type=item_type,
+        target_id_type=target_type,
         user_attributes=tuple(
             UserAttribute(name=names.pop(), stream=s.name, attribute=a.name)
             for s, a in _some(draw, ids_of, most=1)
@@ -208,7 +205,6 @@ def datasets(draw: Draw) -> Dataset:
         serve_delay=draw(half_hours),
         max_part_rows=draw(st.sampled_from((2, 3, 5, 1024))),
         base_days=draw(st.integers(1, 3)),
-        **optional,
     )
 
 
@@ -359,7 +355,7 @@ def _target(draw: Draw, dataset: Dataset, days: list[str], users: list[Any]) -> 
     kind = draw(st.sampled_from(dataset.targets))
     as_of = draw(_instants(dataset, days))
     number = draw(st.integers(0, 8))  # several users' and kinds' targets have the same
-    text = getattr(dataset, "target_id_type", IdType.INT64) is IdType.STRING
+    text = dataset.target_id_type is IdType.STRING
     row = {
         "target": kind.name,
         "user_id": draw(st.sampled_from(users)),
@@ -415,7 +411,8 @@ def worlds(draw: Draw, *, days: int = 3) -> World:
 
 def _event_keys(stream: EventStream) -> Callable[[Row], tuple[Any, Row]]:
     def keys(row: Row) -> tuple[Any, Row]:
-        content = {k: v for k, v in row.items() if k not in ("ingest_time", "event_id")}
+        ours = ("event_time", *(a.name for a in stream.attributes))
+        content = {k: row[k] for k in ours}
         return (oracle.event_id(stream, row), oracle.arrival(row)), content
 
     return keys
