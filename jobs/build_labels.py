@@ -119,7 +119,10 @@ def _given(
             label_column(t.label.column) for t in tasks if isinstance(t.label, GivenLabel)
         )
     )
-    answers = targets.join(impressions.select("target_id", *labels), "target_id", "left")
+    kinds = F.array(*(F.lit(t.name) for t in dataset.targets))
+    kind = (F.array_position(kinds, F.col("target")) - 1).alias("target")
+    given = impressions.select("user_id", kind, "target_id", *labels)
+    answers = targets.join(given, ["user_id", "target", "target_id"], "left")
     columns, names = [], {task.name: f"_{i}" for i, task in enumerate(tasks)}
     for task in tasks:
         assert isinstance(task.label, GivenLabel)
