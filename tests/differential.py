@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from feature_store.lake import Lake
 from feature_store.spec import Attribute, Dataset, IdType, Kind
 from jobs import (
     build_aggregates,
@@ -28,7 +29,7 @@ from jobs import (
 from jobs.context import JobContext
 from jobs.settings import Settings
 from jobs.sources import SourceDay
-from tests import oracle
+from tests import oracle, oracle_tables
 from tests.worlds import Row, World
 
 KEYS = {
@@ -49,28 +50,39 @@ def check(world: World, spark: SparkSession, settings: Settings, lake: Path) -> 
         AssertionError: names the table, the row and the column that differ.
         DataError: `ingest` refused a day.
     """
-    settings = dataclasses.replace(settings, lake_root=str(lake))
+    days = {ds: context(world, ds, spark, settings, lake) for ds in world.days}
+    for day in days.values():
+        ingest_day(world, day)
+    events, shown = ingested(world, days[world.days[-1]].lake)
+    for ds, day in days.items():
+        for job in (build_sequences, build_aggregates, build_examples, build_labels):
+            job.run(day)
+        base = ds == world.days[0] or build_sequences.is_base_day(world.dataset, ds)
+        want = oracle_tables.feature_tables(world.dataset, events, shown, ds, base=base)
+        for table, rows in want.items():
+            compare(
+                day.lake.read(table, days=[ds]).to_pylist(), rows, f"{table} of {ds}", KEYS[table]
+            )
 
-    def context(ds: str) -> JobContext:
-        made = JobContext(dataset=world.dataset, ds=ds, settings=settings)
-        made.__dict__["spark"] = spark  # the session that the tests share
-        return made
 
+def context(
+    world: World, ds: str, spark: SparkSession, settings: Settings, lake: Path
+) -> JobContext:
+    """A job's context for a day of `world`, in the session that the tests share."""
+    made = JobContext(
+        dataset=world.dataset,
+        ds=ds,
+        settings=dataclasses.replace(settings, lake_root=str(lake)),
+    )
+    made.__dict__["spark"] = spark
+    return made
+
+
+def ingest_day(world: World, day: JobContext) -> None:
+    """`ingest` of a day, from a source that gives the rows of `world`."""
     module = SimpleNamespace(NEEDS_SOURCE=False, read=_reader(world))
     with mock.patch.object(sources, "get", lambda name: module):
-        for ds in world.days:
-            ingest.run(context(ds))
-    events, shown = ingested(world, context(world.days[-1]))
-    last_base = None
-    for ds in world.days:
-        for job in (build_sequences, build_aggregates, build_examples, build_labels):
-            job.run(context(ds))
-        base = last_base is None or build_sequences.is_base_day(world.dataset, ds)
-        last_base = ds if base else last_base
-        want = oracle.feature_tables(world.dataset, events, shown, ds, base=base)
-        for table, rows in want.items():
-            got = context(ds).lake.read(table, days=[ds]).to_pylist()
-            compare(got, rows, f"{table} of {ds}", KEYS[table])
+        ingest.run(day)
 
 
 # -- what the source gives -------------------------------------------------------------------------
@@ -86,7 +98,7 @@ def _reader(world: World) -> Any:
                 s.name: _frame(spark, events[s.name], columns[s.name], world.text)
                 for s in dataset.streams
             },
-            impressions=_frame(spark, shown, columns[""], world.text),
+            impressions=_frame(spark, shown, columns[""], world.text) if shown else None,
             overlapping=world.overlapping,
         )
 
@@ -95,8 +107,12 @@ def _reader(world: World) -> Any:
     for s in dataset.streams:
         own = {"event_id": pa.int64()} if not s.id_from or "event_id" in s.id_from else {}
         times = {"event_time": _TIME, "ingest_time": _TIME}
+        if all(e["ingest_time"] is None for e in world.events[s.name]):
+            del times["ingest_time"]
         columns[s.name] = user | own | times | {a.name: _type_of(a) for a in s.attributes}
-    columns[""] = user | {"target": pa.string(), "time": _TIME, "as_of": _TIME}
+    columns[""] = user | {"time": _TIME, "as_of": _TIME}
+    if len(dataset.targets) > 1:
+        columns[""]["target"] = pa.string()
     if not all(t.id_from for t in dataset.targets):
         columns[""]["target_id"] = _type_of_id(dataset.target_id_type)
     if any(t.has_item for t in dataset.targets):
@@ -145,7 +161,7 @@ def _frame(
 # -- ids -------------------------------------------------------------------------------------------
 
 
-def ingested(world: World, context: JobContext) -> tuple[oracle.ByDay, oracle.ByDay]:
+def ingested(world: World, lake: Lake) -> tuple[oracle.ByDay, oracle.ByDay]:
     """`events` and `impressions` of all days as the oracle has them, compared with the lake's, and
     with the lake's ids."""
     events, shown = {}, {}
@@ -159,7 +175,7 @@ def ingested(world: World, context: JobContext) -> tuple[oracle.ByDay, oracle.By
         (events, "events", "event_id"),
         (shown, "impressions", "target_id"),
     ):
-        got = {ds: context.lake.read(table, days=[ds]).to_pylist() for ds in world.days}
+        got = {ds: lake.read(table, days=[ds]).to_pylist() for ds in world.days}
         for ds in world.days:
             ours = sorted(_bits({k: v for k, v in r.items() if k != column}) for r in got[ds])
             theirs = sorted(_bits({k: v for k, v in r.items() if k != column}) for r in want[ds])
