@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_store.days import HOUR_US, end_us, start_us
-from feature_store.spec import Dataset, IdType
+from feature_store.spec import Attribute, Dataset, IdType, Kind
 from feature_store.tables import (
     Table,
     co_occurrence_columns,
@@ -49,7 +49,7 @@ PLAIN = {
     "user_embeddings": ("user_id", "snapshot", "embeddings", "dim", "pooled_days"),
 }
 FAULTS = {
-    "events": ("incomplete",),
+    "events": ("incomplete", "out_of_range"),
     "impressions": ("incomplete", "out_of_range"),
     "labels": ("incomplete", "out_of_range"),
     "sequences": ("incomplete", "misaligned", "out_of_range", "unordered"),
@@ -107,7 +107,10 @@ def checked(dataset: Dataset, table: str, ds: str, batch: pa.RecordBatch) -> pa.
         _targets(dataset, ds, shape, columns, faults)
     elif table == "sequences":
         _before(dataset, columns, end_us(ds, dataset.utc_offset), faults)
+    elif table == "events":
+        _numbers(dataset.event_attributes, columns, faults)
     elif table == "impressions":
+        _numbers(dataset.context_features, columns, faults)
         _impressions(dataset, columns, faults)
     elif table == "labels":
         labels = _Lists(columns["labels"])
@@ -234,6 +237,21 @@ def _targets(
         faults.add("leaks", row[seen_late], f"{name} past as_of")
         unseen = ~outside & (end < available.sizes[row]) & (times[at] < as_of.values)
         faults.add("leaks", row[unseen], f"{name} short of as_of")
+
+
+def _numbers(
+    attributes: Iterable[Attribute], columns: dict[str, pa.Array], faults: _Faults
+) -> None:
+    """A number is finite, or missing; a vector has its length and only finite numbers."""
+    for a in attributes:
+        column = columns[a.name]
+        if a.kind is Kind.NUMERIC:
+            faults.add("out_of_range", np.isinf(_numpy(column.fill_null(0.0))), a.name)
+        elif a.kind is Kind.VECTOR:
+            lists = _Lists(column)
+            wrong = _numpy(column.is_valid()) & (lists.sizes != a.dim)
+            faults.add("out_of_range", wrong, f"{a.name} is not of length {a.dim}")
+            faults.add("out_of_range", lists.rows_where(~np.isfinite(lists.values)), a.name)
 
 
 def _impressions(dataset: Dataset, columns: dict[str, pa.Array], faults: _Faults) -> None:

@@ -107,7 +107,10 @@ def suite(dataset: Dataset, table: str, ds: str) -> ExpectationSuite:
         found.append(
             gxe.ExpectCompoundColumnsToBeUnique(column_list=list(shape.key), meta=duplicates)
         )
-    for column, kind in (("user_id", dataset.user_id_type), ("item_id", dataset.item_id_type)):
+    ids = [("user_id", dataset.user_id_type), ("item_id", dataset.item_id_type)]
+    if dataset.target_id_type is IdType.STRING:  # a number may be a hash, and below 0
+        ids.append(("target_id", IdType.STRING))
+    for column, kind in ids:
         remedy = "an id is not negative and not empty; drop the row at the source, or give it an id"
         if column in plain or column in shape.key:
             found.append(

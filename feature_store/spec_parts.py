@@ -37,7 +37,7 @@ class Aggregate(StrEnum):
     """What a dense feature computes over its window."""
 
     COUNT = "count"  # events
-    SUM = "sum"  # of a numeric attribute
+    SUM = "sum"  # of a numeric attribute; what float32 cannot hold is its largest number
     RATE = "rate"  # events of `stream` per event of `per`; 0 where there is none of `per`
     RECENCY = "recency"  # hours from the newest event to the cutoff; the window's length if none
 

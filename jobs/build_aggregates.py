@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 
 from feature_store.days import DAY_US, HOUR_US, day_of, day_range, end_us, micros, shift
 from feature_store.spec import Aggregate, Dataset, DenseFeature, IdType, SparseFeature
+from feature_store.spec_parts import MAX_FLOAT32
 from feature_store.tables import (
     contract,
     dense_column,
@@ -132,7 +133,9 @@ def _dense_value(feature: DenseFeature) -> Column:
     column = F.col(f"d__{feature.name}")
     if feature.aggregate is Aggregate.SUM:
         # In a fixed order: a sum of floats in the order that rows happen to come in does not repeat.
-        return F.aggregate(column, F.lit(0.0).cast("double"), lambda total, value: total + value)
+        total = F.aggregate(column, F.lit(0.0).cast("double"), lambda total, value: total + value)
+        # float32 ends before a double does
+        return F.greatest(F.least(total, F.lit(MAX_FLOAT32)), F.lit(-MAX_FLOAT32))
     if feature.aggregate is Aggregate.RECENCY:
         return column.cast("double") / F.lit(float(HOUR_US))
     if feature.aggregate is Aggregate.RATE:

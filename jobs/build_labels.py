@@ -119,10 +119,11 @@ def _given(
             label_column(t.label.column) for t in tasks if isinstance(t.label, GivenLabel)
         )
     )
+    key = contract(dataset, "impressions").key
     kinds = F.array(*(F.lit(t.name) for t in dataset.targets))
-    kind = (F.array_position(kinds, F.col("target")) - 1).alias("target")
-    given = impressions.select("user_id", kind, "target_id", *labels)
-    answers = targets.join(given, ["user_id", "target", "target_id"], "left")
+    target = (F.array_position(kinds, F.col("target")) - 1).cast("int").alias("target")
+    given = impressions.select(*(target if n == "target" else n for n in key), *labels)
+    answers = targets.join(given, list(key), "left")
     columns, names = [], {task.name: f"_{i}" for i, task in enumerate(tasks)}
     for task in tasks:
         assert isinstance(task.label, GivenLabel)

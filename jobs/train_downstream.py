@@ -191,13 +191,14 @@ def write_predictions(dataset: Dataset, scored: dict[str, Scored], path: Path) -
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from feature_store.tables import id_type
     from jobs.training.checkpoints import replacing
     from jobs.training.ids import held_out
 
     first = next(iter(scored.values()))
     columns = {
-        "user_id": first.user_id,
-        "target_id": first.target_id,
+        "user_id": pa.array(first.stored_user_id.tolist(), id_type(dataset.user_id_type)),
+        "target_id": pa.array(first.target_id.tolist(), id_type(dataset.target_id_type)),
         "label": first.label.astype(np.int32),
         "domain": first.domain,
         "held_out": held_out(first.user_id, dataset.held_out_share),

@@ -323,19 +323,22 @@ def _training_record(dataset: Dataset, done: Progress, fresh: list[str]) -> dict
 
 
 def write_evaluation(dataset: Dataset, scored: Scored, path: Path) -> None:
-    """Predictions of the evaluation: user_id, target_id, task, label, prediction, domain, held_out."""
+    """Predictions of the evaluation: user_id and target_id as the source has them, task, label,
+    prediction, domain, held_out.
+    """
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from feature_store.tables import id_type
     from jobs.training.checkpoints import replacing
     from jobs.training.ids import held_out
 
     names = np.array([t.name for t in dataset.tasks], dtype=object)
     table = pa.table(
         {
-            "user_id": scored.user_id,
-            "target_id": scored.target_id,
+            "user_id": pa.array(scored.stored_user_id.tolist(), id_type(dataset.user_id_type)),
+            "target_id": pa.array(scored.target_id.tolist(), id_type(dataset.target_id_type)),
             "task": pa.array(names[scored.task], pa.string()),
             "label": scored.label.astype(np.int32),
             "prediction": scored.prediction,

@@ -160,7 +160,7 @@ def flatten(dataset: Dataset, rows: Rows, lo: int, hi: int) -> Flat:
     return Flat(
         names={"ids": list(ids), "numbers": list(columns), "tasks": list(plan.tasks)},
         user_id=batch.user_id.numpy()[of_row],
-        target_id=rows.targets["target_id"][t0:t1],
+        target_id=rows.target_id.slice(t0, t1 - t0).to_numpy(),
         as_of=batch.as_of.numpy(),
         labels=batch.labels.numpy().astype(np.int8),
         ids=np.stack([v.numpy() for v in ids.values()], axis=1),

@@ -357,7 +357,8 @@ class Scored:
     """Predictions where there is a label, one entry per (target, task): arrays of length n."""
 
     user_id: np.ndarray  # int64 (strings hashed)
-    target_id: np.ndarray  # int64
+    stored_user_id: np.ndarray  # the source's, int64 or str
+    target_id: np.ndarray  # the source's, int64 or str
     task: np.ndarray  # int64, index into dataset.tasks
     label: np.ndarray  # int64, 0 or 1
     prediction: np.ndarray  # float64
@@ -380,7 +381,7 @@ def concat(parts: Iterable[Scored]) -> Scored:
     return Scored(**{k: np.concatenate([getattr(p, k) for p in parts]) for k in _SCORED_FIELDS})
 
 
-_SCORED_FIELDS = ("user_id", "target_id", "task", "label", "prediction", "domain")
+_SCORED_FIELDS = tuple(Scored.__annotations__)
 
 
 def score(dataset: Dataset, learner: Learner, decoded: Iterable[Rows], limits: Limits) -> Scored:
@@ -406,18 +407,24 @@ def labelled_predictions(
     chosen = probabilities[target, task].astype(np.float64)
     if not np.isfinite(chosen).all():
         raise FloatingPointError("a prediction is not a number: the model has diverged")
-    t0, t1 = rows.target_offsets[lo], rows.target_offsets[hi]
+    first = rows.target_offsets[lo]
+    row = batch.row_of_target.numpy()[target]
     domain = np.full(batch.targets, -1, np.int64)
     if dataset.domain is not None and dataset.domain in batch.context_ids:
         domain = batch.context_ids[dataset.domain].numpy()
     return Scored(
-        user_id=batch.user_id.numpy()[batch.row_of_target.numpy()[target]],
-        target_id=rows.targets["target_id"][t0:t1][target],
+        user_id=batch.user_id.numpy()[row],
+        stored_user_id=_stored(rows.stored_user_id, lo + row),
+        target_id=_stored(rows.target_id, first + target),
         task=task,
         label=labels[target, task].astype(np.int64),
         prediction=chosen,
         domain=domain[target],
     )
+
+
+def _stored(ids: pa.Array, at: np.ndarray) -> np.ndarray:
+    return ids.take(pa.array(at)).to_numpy(zero_copy_only=False)
 
 
 def embeddings_of(

@@ -69,10 +69,16 @@ def jagged(column: pa.Array) -> Jagged:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """R decoded rows. `batch(lo, hi)` cuts consecutive rows out of them without copying values."""
+    """R decoded rows. `batch(lo, hi)` cuts consecutive rows out of them without copying values.
+
+    `stored_user_id` (R,) and `target_id` (T,) are the source's ids, numbers or text; `user_id` (R,)
+    is int64 in any case (`ids.int64_ids`).
+    """
 
     dataset: Dataset
     user_id: np.ndarray
+    stored_user_id: pa.Array
+    target_id: pa.Array
     part: np.ndarray
     event_offsets: np.ndarray
     target_offsets: np.ndarray
@@ -95,6 +101,7 @@ class Rows:
         return replace(
             self,
             target_offsets=before[self.target_offsets],
+            target_id=self.target_id.filter(pa.array(keep)),
             targets={name: values[keep] for name, values in self.targets.items()},
             labels=self.labels[keep],
         )
@@ -218,6 +225,10 @@ def decode(
     return Rows(
         dataset=dataset,
         user_id=int64_ids(column("user_id")) if rows else np.empty(0, np.int64),
+        stored_user_id=column("user_id") if rows else pa.nulls(0),
+        target_id=pa.nulls(0)
+        if empty("targets__target_id")
+        else column("targets__target_id").flatten(),
         part=np.zeros(rows, np.int32) if empty("part") else column("part").to_numpy(),
         event_offsets=event_offsets,
         target_offsets=target_offsets,
@@ -328,10 +339,9 @@ def _targets(
         targets["time"], offsets = jagged(column("targets__time"))
         targets["as_of"] = jagged(column("targets__as_of"))[0]
         targets["item_id"] = jagged(column("targets__item_id"))[0]
-        targets["target_id"] = jagged(column("targets__target_id"))[0]
         targets["kind"] = jagged(column("targets__target"))[0].astype(np.int64)
     else:
-        for name in ("time", "as_of", "item_id", "target_id", "kind"):
+        for name in ("time", "as_of", "item_id", "kind"):
             targets[name] = np.empty(0, np.int64)
     total = int(offsets[-1])
     ends = [history_end_column(s.name) for s in dataset.streams]

@@ -75,7 +75,7 @@ def test_rows_of_a_domain_hold_its_targets_alone_with_their_labels() -> None:
     truth = {r["target_id"]: r["label__clicked"] for r in ROWS["impressions"][DAYS[3]].to_pylist()}
     for surface in (0, 1):
         (mine,) = of_domain(SPEC, surface, rows)
-        targets = mine.targets["target_id"].tolist()
+        targets = mine.target_id.tolist()
         assert sorted(targets) == of_surface(surface, [DAYS[3]])
         assert mine.labels[:, 0].tolist() == [truth[t] for t in targets]
         batch = mine.batch(0, len(mine))
@@ -83,7 +83,7 @@ def test_rows_of_a_domain_hold_its_targets_alone_with_their_labels() -> None:
         assert (batch.labels[:, 1] == NO_LABEL).all()
         (before,), user = rows, batch.user_id[batch.row_of_target].tolist()
         whole = before.batch(0, len(before))
-        of = dict(zip(before.targets["target_id"], whole.user_id[whole.row_of_target], strict=True))
+        of = dict(zip(before.target_id.tolist(), whole.user_id[whole.row_of_target], strict=True))
         assert user == [int(of[t]) for t in targets]
 
 

@@ -20,8 +20,8 @@ from feature_store.spec import (
     Target,
     Task,
 )
-from feature_store.tables import contracts, reserved_names
-from jobs import ingest, ingest_duplicates
+from feature_store.tables import label_column, reserved_names
+from jobs import ingest
 from jobs.ingest_duplicates import Dropped, dropped, find_conflict, first_of_each
 from jobs.ingest_rows import MARKS
 from jobs.sources import SourceDay
@@ -207,60 +207,32 @@ def test_counts_before_and_after_dropping_add_up() -> None:
     )
 
 
-def _names() -> list[str]:
-    """Names that ours, Python's or SQL's could meet, less those that the spec refuses."""
-    ours = {f.removeprefix("_") for f in MARKS}
-    ours |= {n for t in contracts(SHOP).values() for n in t.schema.names if "__" not in n}
-    ours |= {
-        "place",
-        "same",
-        "content",
-        "key",
-        "keys",
-        "id",
-        "ids",
-        "row",
-        "rows",
-        "table",
-        "count",
-    }
-    words = {"select", "from", "order", "case", "end", "null", "user", "class", "lambda"}
-    return sorted((ours | words | {"a" * 60, "b" * 200}) - reserved_names(SHOP))
+def test_any_name_that_a_spec_may_give_comes_through(spark: SparkSession) -> None:
+    """As attribute and as context or given label: names that ours, Python's or SQL's could meet."""
+    ours = {"place", "same", "content", "key", "id", "row", "rows", "table", "count", "part", "raw"}
+    words = {"select", "from", "order", "case", "end", "null", "user", "class", "lambda", "a" * 200}
+    names = sorted(({m.removeprefix("_") for m in MARKS} | ours | words) - reserved_names(SHOP))
+    context, labels = names[::2], names[1::2]
+    dataset = replace(
+        SHOP,
+        streams=(EventStream(name="value", attributes=_numeric(names), max_events=3),),
+        targets=(Target(name="late", context=_numeric(context)),),
+        tasks=tuple(
+            Task(name=n, label=GivenLabel(column=n), targets=("late",)) for n in labels
+        ),
+    )  # fmt: skip
+    given = {n: float(i) for i, n in enumerate(names)}
+    views = [{"event_id": 1, "user_id": 1, "event_time": NOON, **given}] * 2
+    shown = {"target_id": 1, "user_id": 1, "time": NOON, "item_id": 2}
+    shown |= {n: given[n] % 2 if n in labels else given[n] for n in names}
+    frames = typed(spark, dataset, views=views, shown=[shown])
+    assert find_conflict(frames["events"], "events", dataset, DAY) is None
+    (event,) = first_of_each(frames["events"], "events").select(*names).collect()
+    assert event.asDict() == given
+    (target,) = frames["impressions"].collect()
+    assert {n: target[n] for n in context} == {n: given[n] for n in context}
+    assert [target[label_column(n)] for n in labels] == [given[n] % 2 for n in labels]
 
 
-@pytest.mark.parametrize("engine", ["sail", "spark"], indirect=True)
-def test_any_name_that_a_spec_may_give_comes_through(spark: SparkSession, engine: str) -> None:
-    """The same rows under plain names and under these, as attributes, contexts and labels."""
-    names = _names()
-
-    def build(names: list[str], labels: list[str]) -> dict[str, list[tuple]]:
-        attributes = tuple(Attribute(name=n, kind=Kind.NUMERIC) for n in names)
-        dataset = replace(
-            SHOP,
-            streams=(EventStream(name="value", attributes=attributes, max_events=3),),
-            targets=(Target(name="late", context=attributes),),
-            tasks=tuple(
-                Task(name=f"task_{n}", label=GivenLabel(column=n), targets=("late",))
-                for n in labels
-            ),
-        )
-        given = {n: float(i) for i, n in enumerate(names)}
-        views = [{"event_id": i // 2, "user_id": 1, "event_time": NOON, **given} for i in range(4)]
-        shown = [
-            {"target_id": 1, "user_id": 1, "time": NOON, "item_id": 2, **given,
-             **{n: i % 2 for i, n in enumerate(labels)}}
-        ]  # fmt: skip
-        frames = typed(spark, dataset, views=views, shown=shown)
-        assert dropped(frames["events"], "events").duplicates == 2
-        return {
-            t: [tuple(r) for r in ingest_duplicates.first_of_each(f, t).drop("event_id").collect()]
-            for t, f in frames.items()
-        }
-
-    half = len(names) // 2
-    for attributes, labels in ((names[:half], names[half:]), (names[half:], names[:half])):
-        plain = build(
-            [f"x{i}" for i in range(len(attributes))], [f"y{i}" for i in range(len(labels))]
-        )
-        found = build(attributes, labels)
-        assert found == plain
+def _numeric(names: list[str]) -> tuple[Attribute, ...]:
+    return tuple(Attribute(name=n, kind=Kind.NUMERIC) for n in names)
