@@ -13,6 +13,7 @@ from feature_store.spec import (
     Dataset,
     DenseFeature,
     EventLabel,
+    EventStream,
     GivenLabel,
     SparseFeature,
     Task,
@@ -226,25 +227,33 @@ def together(
     for name in declared.before:
         for lag in declared.lags:
             columns[f"before_{lag}__{name}"] = defaultdict(Counter)
+    stream = dataset.stream(declared.stream)
     yesterday = state(dataset, days, shift(ds, -1))
     for user in {e["user_id"] for e in days[ds]}:
         held = yesterday.get(user, {s.name: [] for s in dataset.streams})
         new = first_deliveries(held, of_user(days[ds], user))
-        line = [*held[declared.stream], *(e for e in new if e["stream"] == declared.stream)]
-        for at in range(len(held[declared.stream]), len(line)):
+        line = [*held[stream.name], *(e for e in new if e["stream"] == stream.name)]
+        for at in range(len(held[stream.name]), len(line)):
             item = line[at][declared.attribute]
             if item is None:
                 continue
             key = item, line[at]["available_time"] // HOUR_US
             for name in declared.beside:
-                if line[at][name] is not None:
-                    columns[f"beside__{name}"][key][line[at][name]] += 1
+                _count(columns[f"beside__{name}"][key], stream, name, item, line[at : at + 1])
             for name in declared.before:
                 for lag in declared.lags:
-                    for e in line[max(at - lag, 0) : at]:
-                        if e[name] is not None:
-                            columns[f"before_{lag}__{name}"][key][e[name]] += 1
+                    earlier = line[max(at - lag, 0) : at]
+                    _count(columns[f"before_{lag}__{name}"][key], stream, name, item, earlier)
     return columns
+
+
+def _count(
+    counts: Counter[Any], stream: EventStream, name: str, item: Any, rows: list[Row]
+) -> None:
+    """Count the values of `name`, of which the item itself is none."""
+    is_item = stream.attribute(name).vocabulary == "item"
+    values = [e[name] for e in rows]
+    counts.update(v for v in values if v is not None and not (is_item and v == item))
 
 
 # -- examples --------------------------------------------------------------------------------------
