@@ -30,8 +30,8 @@ NOT_ASKED = -1
 
 
 def timeline(rows: Iterable[Row]) -> list[Row]:
-    """Events in order of availability, ties by stream and id."""
-    return sorted(rows, key=lambda e: (e["available_time"], e["stream"], e["event_id"]))
+    """Events of one stream in order of availability, ties by id."""
+    return sorted(rows, key=lambda e: (e["available_time"], e["event_id"]))
 
 
 def of_user(rows: Iterable[Row], user: Any) -> list[Row]:
@@ -292,7 +292,8 @@ def user_day(
 ) -> list[tuple[int, list[Row], list[Row], dict[str, list[Row]]]]:
     """The parts of a user-day that have targets: number, events, targets, and the base before it."""
     kinds = [t.name for t in dataset.targets]
-    line = [((e["available_time"], 1, e["stream"], e["event_id"]), e) for e in new]
+    streams = [s.name for s in dataset.streams]
+    line = [((e["available_time"], 1, streams.index(e["stream"]), e["event_id"]), e) for e in new]
     line += [((t["as_of"], 0, t["target_id"], kinds.index(t["target"])), t) for t in targets]
     line.sort(key=lambda pair: pair[0])
     rows = [row for _, row in line]
