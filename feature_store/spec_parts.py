@@ -287,7 +287,8 @@ class CoOccurrence:
     Two counts, of the events of one stream whose `attribute` is an item. *Beside*: with which value
     of another attribute of the same event (readers of this article by region). *Before*: after which
     values of an attribute, among the 1, 2, .. of the user's events of the stream before it that `lags`
-    names (readers of this article by what they read just before, and by what they read lately). A
+    names (readers of this article by what they read just before, and by what they read lately). The
+    item itself is no value of an attribute with its vocabulary: reading it again counts nothing. A
     target's item gets from them, over the `window_days` days before its day and the day's hours that
     closed before its `as_of`, how much more often than by chance it comes beside the target's own
     context, and after each event of its user's history.

@@ -53,10 +53,12 @@ def transform(events: DataFrame, dataset: Dataset, ds: str) -> DataFrame:
     cutoff = cutoff_us(dataset, ds)
     start = cutoff - dataset.window_days * DAY_US
     events = events.where((F.col("available_time") >= start) & (F.col("available_time") < cutoff))
-    users = events.groupBy("user_id").agg(
+    found = [
         *_user_attributes(dataset),
         *(_dense(f, cutoff).alias(f"d__{f.name}") for f in dataset.dense_features),
-    )
+    ]
+    by_user = events.groupBy("user_id")
+    users = by_user.agg(*found) if found else events.select("user_id").distinct()
     if dataset.sparse_features:
         users = users.join(_sparse(events, dataset, cutoff), "user_id", "left")
     table = contract(dataset, "aggregates")

@@ -1,12 +1,12 @@
 """`examples`: one row per user-day, the history once and every target of the day with what it may see.
 
 A user's events and targets of the day are put into one timeline, ordered by (availability or
-`as_of`, targets first, stream, id, kind of target), so that running counts say how many events are available before
-each target: point in time without a join per target. One grouping then packs both, behind the
-history as of the evening before. A user-day of more than `max_part_rows` events and targets is cut
-into consecutive parts: each starts from the last `max_events` of each stream before its own first
-moment, so that no row grows without bound and no target loses an event. Parts without targets are
-left out.
+`as_of`, targets first, streams as the spec lists them, id, kind of target), so that running counts say
+how many events are available before each target: point in time without a join per target. One
+grouping then packs both, behind the history as of the evening before. A user-day of more than
+`max_part_rows` events and targets is cut into consecutive parts, counted from 0: each starts from the
+last `max_events` of each stream before its own first moment, so that no row grows without bound and
+no target loses an event. Parts without targets are left out.
 
 What each target is joined with was known at its `as_of`: user features of the evening before, and
 item features of the hours that had closed.
