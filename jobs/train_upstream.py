@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feature_store.days import day_range, shift
-from feature_store.errors import MissingPartitionError, QualityError, StalePartitionError
+from feature_store.days import shift
+from feature_store.errors import QualityError
 from feature_store.lineage import definition
 from feature_store.spec import Dataset
 from jobs.context import JobContext, main
 from jobs.text import number
 
 if TYPE_CHECKING:
-    from feature_store.lake import Lake
     from jobs.training.checkpoints import Checkpoints, Snapshot
     from jobs.training.loader import LabelledDay, Shown
     from jobs.training.loop import Learner, Progress, Scored
@@ -38,17 +37,21 @@ def run(context: JobContext) -> None:
     """Evaluate, train and gate `context.model` on `context.ds`.
 
     Raises:
-        MissingPartitionError: labels or examples of the day have not been written.
+        MissingPartitionError: labels or examples of the day have not been written, or an earlier day was
+            not trained on.
+        StalePartitionError: these tables, or what the day before was trained on, are not current.
         QualityError: the first candidate diverged, and there is no champion that could stay.
     """
     from jobs.training.checkpoints import Checkpoints
     from jobs.training.loader import labelled_day
+    from jobs.training.parent import parent_of, untrained
     from jobs.training.presets import preset
 
     model, dataset, ds = context.require_model(), context.dataset, context.ds
     chosen = preset(dataset, model)
     root = context.settings.snapshot_dir(dataset.name, model, ds).parent
-    missed = untrained(context.lake, Checkpoints(root).newest_champion(shift(ds, -1)), ds)
+    parent = parent_of(context.lake, Checkpoints(root), ds)
+    missed = untrained(context.lake, parent, ds)
     lost = missed[: -chosen.training.catch_up_days or None]
     day = labelled_day(context.lake, dataset, ds, also=missed[len(lost) :])
     trainer = UpstreamDay(context=context, model=model, preset=chosen, day=day, lost=tuple(lost))
@@ -57,15 +60,6 @@ def run(context: JobContext) -> None:
 
     log_day(context, model=model, preset=chosen, day=day, result=result)
     print(summary(result), flush=True)
-
-
-def untrained(lake: Lake, parent: Snapshot | None, ds: str) -> list[str]:
-    """Days before `ds` that have labels which the parent was not trained on, ascending: their candidates
-    were rejected."""
-    if parent is None:
-        return []
-    known = lake.partitions("labels")
-    return [day for day in day_range(shift(parent.ds, 1), shift(ds, -1)) if day in known]
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -131,9 +125,10 @@ class UpstreamDay:
         """
         from jobs.training.checkpoints import write_atomically
         from jobs.training.judge import Verdict
+        from jobs.training.parent import parent_of
 
         checkpoints, ds = self.checkpoints, self.context.ds
-        parent = self.parent()
+        parent = parent_of(self.context.lake, checkpoints, ds)
         evaluation, scored, not_evaluated = self.evaluate()
         candidate, progress = self.train(parent)
         gate = self.gate(candidate, parent)
@@ -169,37 +164,6 @@ class UpstreamDay:
         }
         write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
         return result
-
-    def parent(self) -> Snapshot | None:
-        """The champion of the newest day before; None before the first.
-
-        Raises:
-            MissingPartitionError: a day between has labels and was not trained on.
-            StalePartitionError: it was trained on tables that were replaced since. Tables of another
-                definition do not matter: a model outlives a change of the spec, weight by name.
-        """
-        checkpoints, ds, lineage = self.checkpoints, self.context.ds, self.context.lake.lineage()
-        days = [day for day in checkpoints.champion_days() if day < ds]
-        if not days:
-            return None
-        remedy = (
-            f"run make run DATASET={self.dataset.name}, or train_upstream and publish_embeddings of"
-        )
-        between = [day for day in lineage.days("labels") if days[-1] < day < ds]
-        if between:
-            raise MissingPartitionError(
-                f"champion of {self.model} on {between[0]} is missing and that day has labels, so that "
-                f"{ds} would be trained on without them: {remedy} {between[0]}"
-            )
-        made_of, identity = checkpoints.decided_from(days[-1])
-        if made_of == definition(self.dataset, "user_embeddings") and identity != lineage.identity(
-            "user_embeddings", days[-1]
-        ):
-            raise StalePartitionError(
-                f"champion of {self.model} on {days[-1]} was trained on tables that were replaced since: "
-                f"{remedy} {days[-1]}"
-            )
-        return checkpoints.champion(days[-1])
 
     def learner(self, parent: Snapshot | None = None) -> Learner:
         """The model with its first weights, which its name fixes, or with those of a parent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from feature_store.errors import DataError
 from feature_store.lake import Lake
 from feature_store.lineage import Lineage, feature_tables
 from feature_store.pipeline import Stage
@@ -57,7 +58,7 @@ def _wrong(
     elif stage.name == "upstream":
         for model in dataset.models:
             root = settings.snapshot_dir(dataset.name, model, day).parent
-            yield Checkpoints(root).decided_from(day)[1] != lineage.identity("user_embeddings", day)
+            yield _decided_from(Checkpoints(root), day) != lineage.identity("user_embeddings", day)
             yield lacks("user_embeddings", model)
     else:
         task = stage.steps[0].task
@@ -65,3 +66,10 @@ def _wrong(
         if result.exists():
             inputs = json.loads(result.read_text())["inputs"]
             yield any(lineage.replaced(key, version) for key, version in inputs.items())
+
+
+def _decided_from(checkpoints: Checkpoints, day: str) -> str:
+    try:
+        return checkpoints.decided_from(day)[1]
+    except DataError:  # the record is damaged: training the day again writes it anew
+        return ""

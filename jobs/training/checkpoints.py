@@ -233,8 +233,7 @@ class Checkpoints:
     def decided_from(self, ds: str) -> tuple[str, str]:
         """Definition and identity of the tables by which the champion of `ds` was chosen; "" where none
         was."""
-        path = self.day(ds) / CHAMPION
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = self.champion_record(ds) or {}
         return record.get("definition", ""), record.get("identity", "")
 
     def champion_days(self) -> list[str]:

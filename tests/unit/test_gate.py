@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from feature_store.days import day_range
 from jobs.report_page import arms_figure, drift_figure
-from jobs.train_upstream import untrained
 from jobs.training import plots
 from jobs.training.config import GateConfig
 from jobs.training.judge import Verdict, decide, drift, task_metrics
 from jobs.training.loop import Scored
+from jobs.training.parent import untrained
 from jobs.training.upstream_run import metrics_of
 from tests.synthetic import dataset
 
@@ -32,7 +32,8 @@ DAYS = day_range("2024-05-01", "2024-05-06")
 def scored(labels, predictions, users, tasks) -> Scored:
     n = len(labels)
     return Scored(
-        user_id=np.array(users, np.int64), target_id=np.arange(n), task=np.array(tasks, np.int64),
+        user_id=np.array(users, np.int64), stored_user_id=np.array(users, np.int64),
+        target_id=np.arange(n), task=np.array(tasks, np.int64),
         label=np.array(labels, np.int64), prediction=np.array(predictions, np.float64),
         domain=np.full(n, -1),
     )  # fmt: skip
