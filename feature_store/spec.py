@@ -31,8 +31,8 @@ from feature_store.spec_parts import (
     Task,
     UserAttribute,
     check,
+    check_folder_name,
     check_known,
-    check_name,
     check_unique,
 )
 
@@ -105,7 +105,7 @@ class Dataset:
     )
 
     def __post_init__(self) -> None:
-        check_name("Dataset.name", self.name)
+        check_folder_name("Dataset.name", self.name)
         where = f"Dataset({self.name})"
         try:
             parse_day(self.first_day)

@@ -15,6 +15,7 @@ from feature_store.errors import SpecError
 
 MAX_FLOAT32 = 3.4028234663852886e38
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+_LONGEST_FOLDER = 100  # beside what else stands in a path
 _ONE_DAY = timedelta(days=1)
 
 
@@ -53,6 +54,16 @@ def check_name(field_name: str, value: str) -> None:
         field_name,
         value,
         "use lower-case words joined by single underscores ('__' separates parts of a column name)",
+    )
+
+
+def check_folder_name(field_name: str, value: str) -> None:
+    check_name(field_name, value)
+    check(
+        len(value) <= _LONGEST_FOLDER,
+        field_name,
+        value,
+        f"it names folders and files: use at most {_LONGEST_FOLDER} letters",
     )
 
 
@@ -406,7 +417,7 @@ class Task:
     description: str = ""
 
     def __post_init__(self) -> None:
-        check_name("Task.name", self.name)
+        check_folder_name("Task.name", self.name)
         check(
             self.matures_after >= 0,
             f"Task({self.name}).matures_after",

@@ -80,11 +80,10 @@ def find_conflict(rows: DataFrame, table: str, dataset: Dataset, ds: str) -> str
     if not one:
         return None
     count, clash = clashes.count(), one[0]
-    mine = F.lit(True)
+    mine = _with_content(rows)
     for name in key:
-        mine = mine & (F.col(name) == F.lit(clash[name]))
-    seen = {r["_content"]: r for r in _with_content(rows).where(mine).collect()}
-    first, second = seen[clash["low"]], seen[clash["high"]]
+        mine = mine.where(F.col(name) == F.lit(clash[name]))
+    first, second = (mine.where(content == clash[n]).limit(1).collect()[0] for n in ("low", "high"))
     part = clash["_part"]
     if table == "impressions":
         what = f"impressions.target_id {first['target_id']} of {part}"

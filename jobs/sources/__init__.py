@@ -34,14 +34,14 @@ class SourceDay:
 
     Args:
         events: stream -> frame with `user_id`, `event_time`, the stream's attributes, optionally
-            `ingest_time` (absent or null: the event time), and `event_id` unless the spec's
-            `id_from` says what it is hashed from. Every stream of the spec has a frame, if an
-            empty one.
+            `ingest_time` (absent or null: the event time), and `event_id`, which counts within a
+            user, unless the spec's `id_from` says what it is hashed from. Every stream of the spec
+            has a frame, if an empty one.
         impressions: `target` (name of the kind; may be absent where the spec has one kind),
             `user_id`, `time`, optionally `as_of` (absent or null: the time), `item_id` where a
             kind has an item, the context features, the given labels (1, 0 or null; named as in
-            `GivenLabel.column`), and `target_id` unless the spec's `id_from` says what it is
-            hashed from. None: nothing was scored that day.
+            `GivenLabel.column`), and `target_id`, which counts within a user and a kind, unless the
+            spec's `id_from` says what it is hashed from. None: nothing was scored that day.
         truth: simulated datasets only: `target_id`, `task`, `probability`, in memory.
         overlapping: the source's files reach over into other days, so that rows of other days are
             dropped and counted; otherwise such rows are an error.

@@ -407,15 +407,15 @@ def labelled_predictions(
     chosen = probabilities[target, task].astype(np.float64)
     if not np.isfinite(chosen).all():
         raise FloatingPointError("a prediction is not a number: the model has diverged")
-    first = rows.target_offsets[lo]
-    row = batch.row_of_target.numpy()[target]
+    at = rows.target_offsets[lo] + target
+    row = np.searchsorted(rows.target_offsets, at, side="right") - 1  # a batch may have other rows
     domain = np.full(batch.targets, -1, np.int64)
     if dataset.domain is not None and dataset.domain in batch.context_ids:
         domain = batch.context_ids[dataset.domain].numpy()
     return Scored(
-        user_id=batch.user_id.numpy()[row],
-        stored_user_id=_stored(rows.stored_user_id, lo + row),
-        target_id=_stored(rows.target_id, first + target),
+        user_id=rows.user_id[row],
+        stored_user_id=_stored(rows.stored_user_id, row),
+        target_id=_stored(rows.target_id, at),
         task=task,
         label=labels[target, task].astype(np.int64),
         prediction=chosen,

@@ -209,6 +209,7 @@ def test_a_part_that_contradicts_itself_is_refused(
     ("change", "message"),
     [
         ({"name": "News"}, r"Dataset.name is 'News'"),
+        ({"name": "n" * 101}, r"Dataset.name is 'n+': it names folders and files: use at most 100"),
         ({"first_day": "01.05.2024"}, r"first_day is '01.05.2024': write it as YYYY-MM-DD"),
         ({"streams": ()}, r"streams is \(\): declare at least one stream"),
         ({"targets": ()}, r"targets is \(\): declare what is scored"),
