@@ -284,10 +284,10 @@ def _renamed(
     table: pa.Table, name: str, dataset: Dataset, by: dict[str, str], *, back: bool
 ) -> pa.Table:
     table = table.rename_columns(contract(dataset, name).schema.names)
-    for column in ("stream", "target", "task"):
-        if column in table.schema.names:
-            role = {k: v for k, v in by.items() if k.startswith(f"{_PLAIN}{column}_")}
-            role = {v: k for k, v in role.items()} if back else role
-            values = pa.array([role[v] for v in table[column].to_pylist()], pa.string())
-            table = table.set_column(table.schema.get_field_index(column), column, values)
+    column = {"events": "stream", "impressions": "target", "labels": "task"}.get(name)
+    if column is not None:
+        role = {k: v for k, v in by.items() if k.startswith(f"{_PLAIN}{column}_")}
+        role = {v: k for k, v in role.items()} if back else role
+        values = pa.array([role[v] for v in table[column].to_pylist()], pa.string())
+        table = table.set_column(table.schema.get_field_index(column), column, values)
     return table
