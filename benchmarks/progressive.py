@@ -118,7 +118,7 @@ class Progressive:
             before = {k: v for k, v in self.inputs.items() if k.rpartition("/")[2] <= ds}
             key = run_hash(
                 model=self.name, ds=ds, config=to_plain(self.preset), spec=self.dataset.hash,
-                parent=key, inputs=self.lake.lineage().identities(before),
+                parent=key, inputs={k: str(v) for k, v in before.items()},
             )  # fmt: skip
             known = self._read(ds, key)
             if known is None:
