@@ -80,7 +80,7 @@ def _attributes(draw: Draw, names: list[str], item_type: IdType) -> list[Attribu
 @st.composite
 def datasets(draw: Draw) -> Dataset:
     """Specs with one to three streams and one or two kinds of target."""
-    names = draw(st.lists(st.sampled_from(NAMES), unique=True, min_size=20, max_size=20))
+    names = draw(st.lists(st.sampled_from(NAMES), unique=True, min_size=32, max_size=32))
     id_types = st.sampled_from(IdType)
     item_type, user_type, target_type = draw(id_types), draw(id_types), draw(id_types)
     pool = draw(_attributes(names, item_type))
