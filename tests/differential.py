@@ -21,6 +21,7 @@ from feature_store.spec import Attribute, Dataset, IdType, Kind
 from jobs import (
     build_aggregates,
     build_examples,
+    build_item_aggregates,
     build_labels,
     build_sequences,
     ingest,
@@ -55,7 +56,7 @@ def check(world: World, spark: SparkSession, settings: Settings, lake: Path) -> 
         ingest_day(world, day)
     events, shown = ingested(world, days[world.days[-1]].lake)
     for ds, day in days.items():
-        for job in (build_sequences, build_aggregates, build_examples, build_labels):
+        for job in (build_sequences, build_aggregates, build_item_aggregates, build_examples, build_labels):
             job.run(day)
         base = ds == world.days[0] or build_sequences.is_base_day(world.dataset, ds)
         want = oracle_tables.feature_tables(world.dataset, events, shown, ds, base=base)

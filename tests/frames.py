@@ -8,7 +8,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from feature_store.days import shift
 from feature_store.spec import Dataset
 from feature_store.tables import contract
-from jobs import build_aggregates, build_examples, build_sequences, item_features
+from jobs import build_aggregates, build_examples, build_item_aggregates, build_sequences
 from tests import reference
 from tests.tiny import DAYS, TINY, Row, World, arrow
 
@@ -48,7 +48,7 @@ def items_before(world: World, ds: str) -> list[Row]:
 def build_items_of(spark: SparkSession, world: World, ds: str) -> DataFrame:
     """The partition `ds` of `item_aggregates`, the days before it by the reference."""
     held = reference.sequences(world.events, TINY, shift(ds, -1), base=True)
-    return item_features.transform(
+    return build_item_aggregates.transform(
         frame(spark, world.events[ds], "events"),
         frame(spark, items_before(world, ds), "item_aggregates"),
         frame(spark, held, "sequences").drop("ds"),

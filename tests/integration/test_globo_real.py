@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from feature_store.datasets import get
 from feature_store.days import HOUR_US, shift, start_us
 from feature_store.tables import contract
-from jobs import build_aggregates, build_examples, build_sequences, ingest, item_features
+from jobs import build_aggregates, build_examples, build_item_aggregates, build_sequences, ingest
 from jobs.frames import conform, newest
 from jobs.sources import globo
 from jobs.sources.globo import files
@@ -111,7 +111,9 @@ def _known_at(
     is in `item_aggregates`, hours that closed, and in `examples`, each target's prefix of its row.
     """
     events, state = frame(tables["events"]), newest(frame(tables["sequences"]))
-    items = item_features.transform(events, frame(tables["earlier"]), state, DATASET, DAY).toArrow()
+    items = build_item_aggregates.transform(
+        events, frame(tables["earlier"]), state, DATASET, DAY
+    ).toArrow()
     examples = build_examples.transform(
         events=events,
         impressions=frame(tables["impressions"]),
@@ -181,7 +183,9 @@ def test_nothing_before_a_moment_moves_when_what_comes_after_it_does(
     tables |= {
         "sequences": sequences,
         "aggregates": build_aggregates.transform(before, DATASET, yesterday).toArrow(),
-        "earlier": item_features.transform(before, nothing, no_state, DATASET, yesterday).toArrow(),
+        "earlier": build_item_aggregates.transform(
+            before, nothing, no_state, DATASET, yesterday
+        ).toArrow(),
     }
     # one user in twenty keeps the examples of a day within memory; their items are everybody's
     tables["events"] = tables[f"events/{DAY}"]

@@ -19,10 +19,10 @@ from feature_store.tables import contract
 from jobs import (
     build_aggregates,
     build_examples,
+    build_item_aggregates,
     build_labels,
     build_sequences,
     ingest,
-    item_features,
     publish_embeddings,
     report,
     train_downstream,
@@ -87,7 +87,9 @@ def _transformed(spark, dataset: Dataset, events: pa.Table, shown: pa.Table) -> 
 
     today, impressions = (frame(t.filter(pc.equal(t["ds"], ds))) for t in (events, shown))
     state = nothing("sequences").drop("ds")
-    items = item_features.transform(today, nothing("item_aggregates"), state, dataset, ds).toArrow()
+    items = build_item_aggregates.transform(
+        today, nothing("item_aggregates"), state, dataset, ds
+    ).toArrow()
     examples = build_examples.transform(
         events=today,
         impressions=impressions,
@@ -168,7 +170,14 @@ def _built(settings: Settings, dataset: Dataset, days: list[str], rows: tuple, m
     monkeypatch.setattr(ingest.sources, "get", lambda name: source)
     for ds in days:
         context = JobContext(dataset=dataset, ds=ds, settings=settings)
-        for job in (ingest, build_sequences, build_aggregates, build_examples, build_labels):
+        for job in (
+            ingest,
+            build_sequences,
+            build_aggregates,
+            build_item_aggregates,
+            build_examples,
+            build_labels,
+        ):
             job.run(context)
         lake = context.lake
         context.close()

@@ -17,6 +17,7 @@ from feature_store.spec import Dataset
 from jobs import (
     build_aggregates,
     build_examples,
+    build_item_aggregates,
     build_labels,
     build_sequences,
     context,
@@ -95,7 +96,14 @@ def test_the_engine_reads_and_writes_files_and_tables(made: JobContext, tmp_path
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_day_goes_from_csv_to_embeddings(made: JobContext, tmp_path: Path) -> None:
-    jobs = (ingest, build_sequences, build_aggregates, build_examples, build_labels)
+    jobs = (
+        ingest,
+        build_sequences,
+        build_aggregates,
+        build_item_aggregates,
+        build_examples,
+        build_labels,
+    )
     for job in (*jobs, train_upstream, publish_embeddings):
         job.run(made)
     assert made.lake.read("user_embeddings", model="sum").num_rows > 0

@@ -33,6 +33,7 @@ from feature_store.spec import (
 from jobs import (
     build_aggregates,
     build_examples,
+    build_item_aggregates,
     build_labels,
     build_sequences,
     ingest,
@@ -88,7 +89,14 @@ SPEC = Dataset(
     item_features=ItemFeatures(streams=(("views", "book"),), windows_hours=(6,)),
 )
 
-JOBS = (ingest, build_sequences, build_aggregates, build_examples, build_labels)
+JOBS = (
+    ingest,
+    build_sequences,
+    build_aggregates,
+    build_item_aggregates,
+    build_examples,
+    build_labels,
+)
 View, Tip = tuple[str, int], tuple[str, int, int]  # (user, book), (user, book, clicked)
 
 WORLD: dict[int, tuple[list[View], list[Tip]]] = {

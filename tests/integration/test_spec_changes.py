@@ -146,7 +146,9 @@ def test_a_spec_changes_between_two_days_and_goes_back(make: Make) -> None:
     assert bring_up_to_date(make, TINY, BUILT[:2]) == everything
     assert bring_up_to_date(make, TINY, BUILT[:2]) == set()
 
-    with pytest.raises(StalePartitionError, match=r"made under definition .* python -m jobs build_"):
+    with pytest.raises(
+        StalePartitionError, match=r"made under definition .* python -m jobs build_"
+    ):
         build_examples.run(make(MORE, BUILT[1]))
     touched = {"aggregates", "examples", "labels"}
     assert bring_up_to_date(make, MORE, BUILT[:2]) == touched
