@@ -17,16 +17,9 @@ from hypothesis import strategies as st
 
 from feature_store.days import HOUR_US, day_range, end_us, start_us
 from feature_store.spec import (
-    Attribute,
-    CoOccurrence,
     Dataset,
     EventStream,
-    GivenLabel,
     IdType,
-    ItemFeatures,
-    Kind,
-    Target,
-    Task,
 )
 from tests import oracle
 from tests.specs import FIRST_DAY, Draw, datasets, ids, values
@@ -217,65 +210,3 @@ def conflicts(draw: Draw) -> World:
     assume(repr(row) != repr(changed))
     rows.append(changed)
     return world
-
-
-def wordy(words: list[str]) -> World:
-    """A world of one day whose attributes, context features, streams, kinds and tasks have `words` for
-    names, each word as often as a spec allows."""
-    item = Attribute(name="book", vocabulary="item")
-    named = tuple(
-        Attribute(name=w, vocabulary="own_" + w) if n % 2 else Attribute(name=w, kind=Kind.NUMERIC)
-        for n, w in enumerate(words)
-    )
-    ids_of = [a.name for a in named if a.kind is Kind.CATEGORICAL]
-    first, second, third = words[:3]
-    dataset = Dataset(
-        name="world",
-        first_day=FIRST_DAY,
-        streams=(
-            EventStream(name=first, attributes=(item, *named), max_events=2),
-            EventStream(name=second, attributes=(item,), max_events=2, id_from=("event_time",)),
-        ),
-        targets=(
-            Target(name=second, context=named),
-            Target(name=third, context=named, has_item=False, id_from=("time",)),
-        ),
-        tasks=(
-            Task(name=first, label=GivenLabel(column="answered"), targets=(second,)),
-            Task(name=third, label=GivenLabel(column="answered"), targets=(third,), domain=1),
-        ),
-        item_features=ItemFeatures(
-            streams=((first, "book"), (second, "book")),
-            windows_hours=(2,),
-            co_occurrence=CoOccurrence(
-                stream=first, attribute="book", beside=tuple(ids_of[:4]), before=tuple(ids_of[4:8])
-            ),
-        ),
-        domain=ids_of[0],
-        max_part_rows=4,
-    )
-    start = start_us(FIRST_DAY, dataset.utc_offset)
-
-    def values_at(at: int) -> Row:
-        return {a.name: (at + n) % 5 for n, a in enumerate(named)}
-
-    def event(stream: str, at: int) -> Row:
-        row = {"user_id": at % 2, "event_id": at, "event_time": start + at * GRID_US}
-        more = values_at(at) if stream == first else {}
-        return {**row, "stream": stream, "ingest_time": None, "book": at % 3, **more}
-
-    def target(kind: str, at: int) -> Row:
-        row = {"user_id": at % 2, "target": kind, "target_id": at, "item_id": None}
-        if kind == second:
-            row["item_id"] = at % 3
-        time = start + at * GRID_US
-        return {**row, "time": time, "as_of": None, "answered": at % 2, **values_at(at)}
-
-    return World(
-        dataset=dataset,
-        events={s: [event(s, at) for at in range(0, 14, step)] for s, step in ((first, 1), (second, 3))},
-        impressions=[target(second, at) for at in (3, 8, 9)] + [target(third, at) for at in (8, 12)],
-        days=[FIRST_DAY],
-        overlapping=False,
-        text=False,
-    )  # fmt: skip
