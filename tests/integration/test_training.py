@@ -15,7 +15,7 @@ import pytest
 
 from feature_store.days import day_range, shift
 from feature_store.embeddings import EmbeddingKind, read_embeddings
-from feature_store.errors import DataError
+from feature_store.errors import DataError, StalePartitionError
 from feature_store.lake import Lake
 from feature_store.spec import Aggregate, DenseFeature
 from feature_store.tables import contract
@@ -347,9 +347,13 @@ def test_downstream_compares_the_arms_on_the_newest_matured_day(settings, rows):
         assert np.isfinite(written[name]).all()
         assert (arm["difference"] is None) == (name == "aggregates")
     ranking = result["importance"]["ranking"]
-    assert {"sum embeddings", "sequence embeddings", "likes_1d", "liked", "item"} <= {
-        r["feature"] for r in ranking
-    }
+    assert {
+        "sum embeddings",
+        "sequence embeddings",
+        "user's likes_1d",
+        "user's liked",
+        "the item",
+    } <= {r["feature"] for r in ranking}
     assert [r["rank"] for r in ranking] == list(range(1, len(ranking) + 1))
 
     first = (where / "predictions.parquet").read_bytes()
@@ -400,11 +404,17 @@ def test_too_few_days_end_with_one_line_and_without_torch(settings):
     assert "needs a test day and 3 before it, has a test day and 2" in done.stdout
 
 
-def _days_of(settings: Settings, tmp_path, spec) -> Settings:
-    """A home with nothing but the tables that SUM reads, as `spec` lays them out."""
+def _days_of(settings: Settings, tmp_path) -> Settings:
+    """A home with nothing but the tables that SUM reads."""
     mine = replace(_elsewhere(settings, tmp_path), lake_root=str(tmp_path / "lake"))
+    _build_under(SPEC, settings, mine)
+    return mine
+
+
+def _build_under(spec, settings: Settings, mine: Settings) -> None:
+    """Those tables as `spec` lays them out."""
     source, lake = Lake(settings.lake_root, SPEC), Lake(mine.lake_root, spec)
-    for table in ("examples", "labels", "aggregates", "impressions"):
+    for table in ("impressions", "examples", "labels", "aggregates"):
         for ds in DAYS[:3]:
             data = source.read(table, days=[ds])
             schema = contract(spec, table).schema
@@ -414,25 +424,28 @@ def _days_of(settings: Settings, tmp_path, spec) -> Settings:
             ]
             rows = pa.table(columns, schema=schema)
             lake.publish_arrow(table, ds, rows, inputs={}, code_version="test")
-    return mine
 
 
 def test_a_run_of_days_goes_on_after_a_feature_was_added(settings, tmp_path):
     """And nothing is scored, judged or published by a model that is half first weights."""
     more = DenseFeature(name="likes_9d", stream="likes", aggregate=Aggregate.COUNT, window_days=9)
     grown = replace(SPEC, dense_features=(*SPEC.dense_features, more))
-    mine = _days_of(settings, tmp_path, grown)
+    mine = _days_of(settings, tmp_path)
 
     def context(ds: str, spec) -> JobContext:
         return JobContext(dataset=spec, ds=ds, settings=mine, model="sum")
 
-    before = replace(grown, dense_features=SPEC.dense_features)
     for ds in DAYS[:2]:
-        train_upstream.run(context(ds, before))
+        train_upstream.run(context(ds, SPEC))
     checkpoints = _checkpoints(mine, "sum")
     old = checkpoints.champion(DAYS[1])
-    with pytest.raises(DataError, match=f"snapshot {old.id} of another spec lacks dense:likes_9d"):
+    _build_under(grown, settings, mine)
+    with pytest.raises(
+        StalePartitionError, match=r"champion of sum .* that were replaced"
+    ):
         publish_embeddings.run(context(DAYS[1], grown))
+    with pytest.raises(DataError, match=f"snapshot {old.id} of another spec lacks dense:likes_9d"):
+        whole_learner(grown, checkpoints, old, ds=DAYS[1])
 
     train_upstream.run(context(DAYS[2], grown))
     result = _result(mine, "sum", DAYS[2])
@@ -451,7 +464,7 @@ def test_a_run_of_days_goes_on_after_a_feature_was_added(settings, tmp_path):
 def test_a_snapshot_that_rots_stops_what_reads_it_and_is_trained_again_to_the_same(
     settings, tmp_path, capsys
 ):
-    mine = _days_of(settings, tmp_path, SPEC)
+    mine = _days_of(settings, tmp_path)
     contexts = [JobContext(dataset=SPEC, ds=ds, settings=mine, model="sum") for ds in DAYS[:2]]
     for context in contexts:
         train_upstream.run(context)
