@@ -40,12 +40,12 @@ def check_commits(uri: str, dataset: Dataset) -> None:
         DamageError: names the file and the remedy.
     """
     for table in (LEDGER, *contracts(dataset)):
-        files, home = _opened(f"{uri}/{table}")
+        files, home = ledger.opened(f"{uri}/{table}")
         commits = _commits(files, home)
         for i, info in enumerate(commits):
             if info.size == 0:
                 raise DamageError(_bad_commit(uri, dataset, table, commits, i))
-        recorded = files.get_file_info(f"{_opened(uri)[1]}/{LEDGER}/table={table}")
+        recorded = files.get_file_info(f"{ledger.opened(uri)[1]}/{LEDGER}/table={table}")
         if not commits and recorded.type == pafs.FileType.Directory:
             raise DamageError(
                 f"{dataset.name}.{table}: {home}/_delta_log is gone: {_rebuild(uri, dataset)}"
@@ -68,13 +68,6 @@ def check(uri: str, dataset: Dataset) -> None:
         _check_files(uri, dataset, table)
 
 
-def _opened(uri: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in uri:
-        files, path = pafs.FileSystem.from_uri(uri)
-        return files, path
-    return pafs.LocalFileSystem(), uri
-
-
 def _log(files: pafs.FileSystem, home: str) -> list[pafs.FileInfo]:
     selector = pafs.FileSelector(f"{home}/_delta_log", allow_not_found=True)
     return sorted(files.get_file_info(selector), key=lambda info: info.path)
@@ -91,7 +84,7 @@ def _version(info: pafs.FileInfo) -> int | None:
 
 
 def _check_log(uri: str, dataset: Dataset, table: str) -> None:
-    files, home = _opened(f"{uri}/{table}")
+    files, home = ledger.opened(f"{uri}/{table}")
     log = _log(files, home)
     checkpoints = [i for i in log if i.base_name.endswith(".checkpoint.parquet")]
     hints = [i for i in log if i.base_name == "_last_checkpoint"]
@@ -125,7 +118,7 @@ def _bad_commit(
         version = _version(commits[i])
         written = [p for p in _written(uri, table) if p.version == version]
         if written:
-            again = f"then run {' and '.join(_command(dataset, p) for p in written)}"
+            again = f"then run {' and '.join(ledger.command(dataset.name, p.table, p.ds, p.model) for p in written)}"
     return f"{cut}the newest commit and damaged: remove that file, {again}; nothing else was lost"
 
 
@@ -134,12 +127,6 @@ def _rebuild(uri: str, dataset: Dataset) -> str:
         f"bring it back from a copy, or remove {uri} and build the days again with "
         f"python -m jobs.local.run --dataset {dataset.name} --again; {_UNTOUCHED}"
     )
-
-
-def _command(dataset: Dataset, partition: Partition) -> str:
-    model = f" --model {partition.model}" if partition.model else ""
-    job = ledger.PRODUCERS[partition.table]
-    return f"python -m jobs {job} --dataset {dataset.name} --ds {partition.ds}{model}"
 
 
 def _written(uri: str, table: str) -> list[Partition]:
@@ -176,7 +163,7 @@ def _named_files(uri: str) -> Iterator[tuple[str, int, str, str]]:
 
 
 def _check_files(uri: str, dataset: Dataset, table: str) -> None:
-    files, home = _opened(f"{uri}/{table}")
+    files, home = ledger.opened(f"{uri}/{table}")
     named = list(_named_files(f"{uri}/{table}"))
     infos = files.get_file_info([f"{home}/{path}" for path, *_ in named])
     for info, (_, size, ds, model) in zip(infos, named, strict=True):
@@ -188,7 +175,9 @@ def _check_files(uri: str, dataset: Dataset, table: str) -> None:
                 f"{dataset.name}.{table}: {info.path} is {state}: {_rebuild(uri, dataset)}"
             )
         rows = [p for p in _written(uri, table) if (p.ds, p.model) == (ds, model)]
-        again = _command(dataset, rows[0]) if rows else "the job that writes it"
+        again = "the job that writes it"
+        if rows:
+            again = ledger.command(dataset.name, table, rows[0].ds, rows[0].model)
         raise DamageError(
             f"{dataset.name}.{table}: {info.path} is {state}: run {again}, which writes that "
             "partition again; nothing else was lost"

@@ -77,6 +77,20 @@ def pin(table: str, ds: str, model: str = "") -> str:
     return f"{table}/{model}/{ds}" if model else f"{table}/{ds}"
 
 
+def command(dataset: str, table: str, ds: str, model: str = "") -> str:
+    """What a person types to write a partition of `dataset`."""
+    option = f" --model {model}" if model else ""
+    return f"python -m jobs {PRODUCERS[table]} --dataset {dataset} --ds {ds}{option}"
+
+
+def opened(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Arrow's filesystem of a folder or URI, and the path in it."""
+    if "://" in uri:
+        files, path = pafs.FileSystem.from_uri(uri)
+        return files, path
+    return pafs.LocalFileSystem(), uri
+
+
 def retry_on_conflict(attempt: Callable[[], T]) -> T:
     """What `attempt` returns, tried again where another writer committed to the table meanwhile.
 
@@ -136,7 +150,7 @@ def rows(uri: str, table: str) -> list[Partition]:
     if not DeltaTable.is_deltatable(uri):
         return []
     # Arrow's own filesystem: deltalake's calls back into Python, also from threads at a process's end.
-    files, path = pafs.FileSystem.from_uri(uri) if "://" in uri else (pafs.LocalFileSystem(), uri)
+    files, path = opened(uri)
     dataset = DeltaTable(uri).to_pyarrow_dataset(
         file_pruning_predicate=[("table", "=", table)],
         filesystem=pafs.SubTreeFileSystem(path, files),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, is_dataclass
 
 from feature_store.days import DAY_US, day_of, day_range, end_us, micros, shift
 from feature_store.errors import MissingPartitionError, StalePartitionError
-from feature_store.ledger import PRODUCERS, Partition, pin, pins
+from feature_store.ledger import Partition, command, pin, pins
 from feature_store.spec import Dataset
 
 SOURCES = ("events", "impressions", "truth")
@@ -231,17 +231,15 @@ class Lineage:
                 raise StalePartitionError(
                     f"{self._name(p.table, p.model)} {p.ds} (version {p.version}) {found.reason}: run make "
                     f"run DATASET={self.dataset.name}, which builds again what is not current, or "
-                    f"{self._command(p.table, p.ds, p.model)}, and then what was made from it"
+                    f"{command(self.dataset.name, p.table, p.ds, p.model)}, and then what was made from it"
                 )
         return pins({day: written[day] for day in days})
 
     def missing(self, table: str, days: Sequence[str], model: str = "") -> str:
         """The sentence that days of a table were not written, and what writes them."""
         shown = ", ".join(days[:5]) + (f" and {len(days) - 5} more" if len(days) > 5 else "")
-        command = self._command(table, days[0] if days else "<day>", model)
-        return (
-            f"{self._name(table, model)} has no partition for {shown or 'any day'}: run {command}"
-        )
+        job = command(self.dataset.name, table, days[0] if days else "<day>", model)
+        return f"{self._name(table, model)} has no partition for {shown or 'any day'}: run {job}"
 
     def check_inputs(self, table: str, ds: str, inputs: Mapping[str, int]) -> None:
         """Whether every partition that a new one is made from is still there and current.
@@ -259,11 +257,6 @@ class Lineage:
 
     def _name(self, table: str, model: str) -> str:
         return f"{self.dataset.name}.{table}" + (f" of model {model}" if model else "")
-
-    def _command(self, table: str, ds: str, model: str) -> str:
-        option = f" --model {model}" if model else ""
-        job = PRODUCERS[table]
-        return f"python -m jobs {job} --dataset {self.dataset.name} --ds {ds}{option}"
 
     def stale_days(self, table: str, model: str = "") -> list[str]:
         """Days of a table that are written and not current, ascending."""

@@ -46,14 +46,15 @@ def run(context: JobContext) -> None:
     warm = quality.warm_up()
     dataset, ds, model, lake = context.dataset, context.ds, context.require_model(), context.lake
     root = context.settings.snapshot_dir(dataset.name, model, ds).parent
-    champion = Checkpoints(root).require_champion(ds)
+    checkpoints = Checkpoints(root)
+    champion = checkpoints.require_champion(ds)
     lineage = lake.lineage()
-    if Checkpoints(root).decided_from(ds)[1] != lineage.identity("user_embeddings", ds):
+    if checkpoints.decided_from(ds)[1] != lineage.identity("user_embeddings", ds):
         raise StalePartitionError(
             f"champion of {model} on {ds} was chosen by tables that were replaced since: run python -m "
             f"jobs train_upstream publish_embeddings --dataset {dataset.name} --ds {ds} --model {model}"
         )
-    learner = whole_learner(dataset, Checkpoints(root), champion, ds=ds)
+    learner = whole_learner(dataset, checkpoints, champion, ds=ds)
     users = UserRows.of(lake, learner.preset, ds)
     ids, raw = embed(learner, lake, ds, users)
     before_days = [shift(ds, -i) for i in range(1, POOLED_DAYS)]

@@ -22,7 +22,7 @@ def not_current(plan: Plan, settings: Settings) -> set[Pair]:
     found: set[Pair] = set()
     for day in plan.days:
         for stage in plan.stages:
-            wrong = _stale(stage, plan.dataset, settings, lineage, day)
+            wrong = any(_wrong(stage, plan.dataset, settings, lineage, day))
             if wrong or _producers(plan, stage, day) & found:
                 found.add((stage.dag_id, day))
     return found
@@ -41,13 +41,11 @@ def _producers(plan: Plan, stage: Stage, day: str) -> set[Pair]:
     return {pair for _, wanted, pair in inputs if wanted == day}
 
 
-def _stale(stage: Stage, dataset: Dataset, settings: Settings, lineage: Lineage, day: str) -> bool:
-    return any(_wrong(stage, dataset, settings, lineage, day))
-
-
 def _wrong(
     stage: Stage, dataset: Dataset, settings: Settings, lineage: Lineage, day: str
 ) -> Iterator[bool]:
+    """Of each thing that the stage makes of the day, whether it is not current."""
+
     def lacks(table: str, model: str = "") -> bool:
         return lineage.get(table, day, model) is None or bool(lineage.stale(table, day, model))
 
@@ -64,7 +62,9 @@ def _wrong(
         task = stage.steps[0].task
         result = settings.downstream_dir(dataset.name, task) / day / "result.json"
         if result.exists():
-            inputs = json.loads(result.read_text()).get("inputs", {})  # none where it compares nothing
+            inputs = json.loads(result.read_text()).get(
+                "inputs", {}
+            )  # none where it compares nothing
             yield any(lineage.replaced(key, version) for key, version in inputs.items())
 
 
