@@ -7,7 +7,7 @@
 A model may have several readers (`SequenceConfig.members`) over the same events and embedding tables.
 Each has a loss of its own and their logits are averaged: an ensemble with a shared trunk (Lee et al.,
 "Why M heads are better than one", arXiv 1511.06314). What differs between trainings of a network is
-worth as much on the click tasks of Globo as anything that we know to tell it (docs/results.md).
+worth as much on the click tasks of Globo as anything that we know to tell it (docs/decisions.md).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.flags import add_share, check_names, flags, listed
+from benchmarks.flags import check_names, flags, listed
 from benchmarks.globo import table
 from benchmarks.globo.data import SPLIT, Flat, concat, flat_day
 from benchmarks.results import Result, Store
@@ -41,11 +41,9 @@ PEERS = ("lightgbm", *FUXICTR)
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    cli = flags("globo.compare", __doc__, any_dataset=False)
+    cli = flags("globo.compare", __doc__)
     cli.add_argument("--peers", type=listed, default=["lightgbm"], help=f"of {', '.join(PEERS)}")
-    cli.add_argument(
-        "--models", type=listed, default=["sequence"], help="of ours, by names as in `ours.py`"
-    )
+    cli.add_argument("--models", type=listed, default=["sequence"], help="presets of ours")
     cli.add_argument(
         "--peer-seeds",
         type=listed,
@@ -58,7 +56,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         help="of --tasks, that peers are trained for; default: all (FuxiCTR: the clicks)",
     )
-    add_share(cli)
+    cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
     cli.add_argument(
         "--tuning-share", type=float, default=0.25, help="of those, for trials of peers"
     )

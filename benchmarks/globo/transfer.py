@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.alone import budget as budget_of
 from benchmarks.flags import check_names, flags, listed
 from benchmarks.globo import transfer_table as table
 from benchmarks.globo.data import SPLIT as WHOLE
@@ -71,7 +70,7 @@ from jobs.training.config import DownstreamTraining, to_plain
 from jobs.training.downstream import ArmConfig, Comparison, Loaded, arms
 from jobs.training.ids import int64_ids, seed_of
 from jobs.training.loader import Limits, Users, cuts, labelled_day, labelled_rows, share_within
-from jobs.training.presets import preset
+from jobs.training.presets import downstream_training, preset
 from jobs.training.rows import Rows
 from models.metrics import normalized_entropy
 
@@ -81,10 +80,17 @@ LAGS_DAYS, LAGS_HOURS = (1, 2, 3), (0, 1)
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    cli = flags("globo.transfer", __doc__, seeds="0,1,2", any_dataset=False)
+    cli = flags("globo.transfer", __doc__, seeds="0,1,2")
     cli.add_argument("--models", type=listed, default=["sum", "sequence"], help="that published")
     cli.add_argument("--tasks", type=listed, default=[], help="default: all")
     return cli.parse_args(argv)
+
+
+def more_targets(dataset: Dataset) -> DownstreamTraining:
+    """The pipeline's budget of a downstream model, with more targets."""
+    return replace(
+        downstream_training(dataset), max_train_targets=150_000, max_test_targets=100_000
+    )
 
 
 class TaskData:
@@ -173,7 +179,7 @@ class Transfer:
     Args:
         lake, dataset, settings: of the rows, and where the snapshots are.
         args: of the command line.
-        split, budget: of the days, and of every training; by default `benchmarks.alone.budget`.
+        split, budget: of the days, and of every training; by default `more_targets`.
 
     Raises:
         HeadwaterError: a name is unknown, or a day was not built or published.
@@ -184,7 +190,7 @@ class Transfer:
         split: Split = SPLIT, budget: DownstreamTraining | None = None,
     ) -> None:  # fmt: skip
         self.lake, self.dataset, self.args = lake, dataset, args
-        self.split, self.budget = split, budget or budget_of(dataset)
+        self.split, self.budget = split, budget or more_targets(dataset)
         known = [t.name for t in dataset.tasks]
         check_names("--tasks", args.tasks, known)
         if not args.models:

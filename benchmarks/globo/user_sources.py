@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.histories import events_of
 from feature_store.days import HOUR_US, shift
 from feature_store.embeddings import EmbeddingKind, UserEmbeddings, pooled, read_embeddings
 from feature_store.errors import SpecError
@@ -331,6 +330,18 @@ def looked_up(found: UserEmbeddings, items: Sequence[Loaded]) -> list[Published]
         values, present = found.lookup(item.batch.user_id.numpy())
         out.append(Published(torch.from_numpy(values).float(), torch.from_numpy(present)))
     return out
+
+
+def events_of(batch: Batch, event: Tensor, sizes: Tensor) -> dict[str, Any]:
+    """The fields of a batch whose rows have `sizes` (R,) of the events `event`, row by row."""
+    return {
+        "event_offsets": F.pad(sizes.cumsum(0), (1, 0)),
+        "event_stream": batch.event_stream[event],
+        "event_time": batch.event_time[event],
+        "event_available": batch.event_available[event],
+        "event_ids": {k: v[event] for k, v in batch.event_ids.items()},
+        "event_floats": {k: v[event] for k, v in batch.event_floats.items()},
+    }
 
 
 def moments(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

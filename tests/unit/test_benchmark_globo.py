@@ -15,7 +15,6 @@ from benchmarks.globo.compare import Comparison, arguments
 from benchmarks.globo.data import WINDOW, Flat, concat, flat_day, flatten
 from benchmarks.globo.encoded import Batches, Encoder, Pad
 from benchmarks.globo.fuxictr_peers import FuxiCtr
-from benchmarks.ours import Ours
 from benchmarks.results import (
     Predictions,
     Result,
@@ -25,11 +24,10 @@ from benchmarks.results import (
     mean_ne,
     trial,
 )
-from benchmarks.split import Split, rows_of, shown_on
+from benchmarks.split import Split, base_rates, rows_of, shown_on
 from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
 from feature_store.tables import NO_LABEL
-from models import encoders
 from models.metrics import calibration, logloss
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 
@@ -139,6 +137,16 @@ def test_labels_are_those_of_the_day_shown_however_late_they_came(lake) -> None:
         assert mine.label(task).tolist() == wanted
     last = flatten(SPEC, decoded(lake, DAYS[6]), 0, 3)  # the lake ends before `buy` is final
     assert (last.label("buy") == NO_LABEL).all() and (last.label("click") != NO_LABEL).all()
+
+
+def test_base_rates_are_of_the_labels_of_what_the_days_showed(lake) -> None:
+    shown = [r for ds in DAYS[1:3] for r in lake.rows["impressions"][ds].to_pylist()]
+    found = base_rates(lake, SPEC, DAYS[1:3], ["click", "buy"])
+    for task, label in (("click", "label__clicked"), ("buy", "label__bought")):
+        assert found[task] == pytest.approx(np.mean([r[label] for r in shown]))
+    with pytest.raises(DataError, match="buy has no label"):  # its answers come a day later
+        base_rates(lake, SPEC, [DAYS[-1]], ["click", "buy"])
+    assert list(base_rates(lake, SPEC, [DAYS[-1]], ["click"])) == ["click"]
 
 
 def test_a_day_is_computed_once_for_the_same_inputs(lake, tmp_path: Path, monkeypatch) -> None:
@@ -341,30 +349,3 @@ def test_what_is_wrong_is_said_with_the_remedy(lake, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="make run"):
         flat_day(empty, SPEC, DAYS[0], share=1.0, folder=tmp_path)
     assert compare.FUXICTR == ("din", "dien", "transact", "bst")
-
-
-def test_a_name_changes_fields_of_a_preset(lake) -> None:
-    def ours(name: str) -> Ours:
-        return Ours(lake, SPEC, name, SPLIT, share=1.0)
-
-    plain = ours("sequence").preset
-    varied = ours(
-        "sequence:stale:layers=2:encoder=hstu:pairs=0:mix.sizes=12+6:mix.interactions=dot:"
-        "tables.item_rows=1:training.epochs=3:training.limits.max_targets=99:training.average=0.5"
-    )
-    shape = varied.preset.sequence
-    assert (shape.layers, shape.encoder, shape.pairs) == (2, encoders.Encoder.HSTU, False)
-    assert shape.mix == replace(plain.sequence.mix, sizes=(12, 6), interactions=("dot",))
-    assert shape.tables == replace(plain.sequence.tables, item_rows=1)
-    limits = replace(plain.training.limits, max_targets=99)
-    assert varied.preset.training == replace(plain.training, epochs=3, average=0.5, limits=limits)
-    assert len(varied.seen) == 1 and not ours("sequence").seen
-    for wrong, says in (
-        ("sequence:backwards", "histories 'backwards'"),
-        ("sequence:depth=2", "depth=2.*SequenceConfig"),
-        ("sequence:layers=two", "layers=two"),
-        ("sum:mix=1", "mix=1.*not one value"),
-        ("sum:training.shift=no", "training.shift=no"),
-    ):
-        with pytest.raises(SpecError, match=says):
-            ours(wrong)
