@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.results import PARTS, Result, by_model, difference, interval_text
+from benchmarks.results import Metric, Result, by_model, by_seed, difference, interval_text
 from jobs.training.downstream import REFERENCE
 from models.metrics import (
     Interval,
@@ -90,33 +90,29 @@ def lines(results: Sequence[Result]) -> list[Line]:
 
 def _of_task(task: str, arms: dict[str, list[Result]]) -> list[Line]:
     rate = arms[CONTEXT][0].facts["base_rate"]
-    ne = {
-        arm: {part: _mean(normalized_entropy, of, task, part, rate) for part in PARTS}
-        for arm, of in arms.items()
-    }
-    shifted = {arm: _mean(shifted_normalized_entropy, of, task, "test") for arm, of in arms.items()}
 
-    def less(arm: str, other: str) -> Interval:
-        return difference(arms[arm], "test", arms[other], "test", {task: rate})
+    def mean(of: Sequence[Result], part: str, metric: Metric) -> float:
+        return float(by_seed(of, task, part, metric).mean())
 
-    def recovered(of: dict[str, float], arm: str) -> float:
+    def ne(labels: np.ndarray, predictions: np.ndarray) -> float:
+        return normalized_entropy(labels, predictions, rate)
+
+    def recovered(of: Mapping[str, float], arm: str) -> float:
         return share(of[CONTEXT] - of[arm], of[CONTEXT] - of[REFERENCE])
 
-    test = {arm: of["test"] for arm, of in ne.items()}
+    test = {arm: mean(of, "test", ne) for arm, of in arms.items()}
+    shifted = {arm: mean(of, "test", shifted_normalized_entropy) for arm, of in arms.items()}
     return [
         Line(
-            task=task, arm=arm, title=of[0].facts["title"], seeds=len(of), ne=ne[arm],
+            task=task, arm=arm, title=of[0].facts["title"], seeds=len(of),
+            ne={"validation": mean(of, "validation", ne), "test": test[arm]},
             shifted_ne=shifted[arm],
-            to_context=less(arm, CONTEXT), to_aggregates=less(arm, REFERENCE),
+            to_context=difference(of, arms[CONTEXT], task, rate),
+            to_aggregates=difference(of, arms[REFERENCE], task, rate),
             recovered=recovered(test, arm), shifted_recovered=recovered(shifted, arm),
         )
         for arm, of in arms.items()
     ]  # fmt: skip
-
-
-def _mean(metric: Any, results: Sequence[Result], task: str, part: str, *rate: float) -> float:
-    found = [r.predictions.of(task, part) for r in results]
-    return float(np.mean([metric(p.label, p.prediction, *rate) for p in found]))
 
 
 def lag_lines(found: Sequence[Line], lags: Sequence[Lag]) -> list[LagLine]:
