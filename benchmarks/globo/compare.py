@@ -42,7 +42,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--peers", type=listed, default=[PEER], help=f"{PEER}, or none: ''")
     cli.add_argument("--models", type=listed, default=["sequence"], help="presets of ours")
     cli.add_argument(
-        "--peer-seeds", type=listed, help="default: --seeds; a single one stands against all of ours"
+        "--peer-seeds",
+        type=listed,
+        help="default: --seeds; a single one stands against all of ours",
     )
     cli.add_argument("--tasks", type=listed, default=[], help="default: all")
     cli.add_argument(
@@ -84,9 +86,7 @@ class Comparison:
             "share": args.share, "spec": dataset.hash, "split": asdict(self.split),
             "pins": pins(lake),
         }  # fmt: skip
-        self.peer = LightGbm(
-            args.out / "trials", tuning_share=args.tuning_share, about=self.about
-        )
+        self.peer = LightGbm(args.out / "trials", tuning_share=args.tuning_share, about=self.about)
         self.command = "python -m benchmarks.globo.compare " + shlex.join(sys.argv[1:])
 
     def base_rates(self) -> dict[str, float]:

@@ -66,9 +66,7 @@ def lines(results: Sequence[Result], base_rates: Mapping[str, float]) -> list[Li
     return found
 
 
-def _line(
-    task: str, of: Sequence[Result], peer: Sequence[Result] | None, base_rate: float
-) -> Line:
+def _line(task: str, of: Sequence[Result], peer: Sequence[Result] | None, base_rate: float) -> Line:
     def ne(labels: np.ndarray, predictions: np.ndarray) -> float:
         return normalized_entropy(labels, predictions, base_rate)
 
