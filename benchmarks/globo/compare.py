@@ -26,9 +26,9 @@ from benchmarks.globo import table
 from benchmarks.globo.data import SPLIT, Flat, concat, flat_day
 from benchmarks.globo.lightgbm_peer import NAME as PEER
 from benchmarks.globo.lightgbm_peer import LightGbm
-from benchmarks.ours import Ours
-from benchmarks.results import Predictions, Result, Store
-from benchmarks.split import Split, base_rates, pins
+from benchmarks.globo.ours import Ours
+from benchmarks.globo.results import Predictions, Result, Store
+from benchmarks.globo.split import Split, base_rates, pins
 from feature_store import datasets
 from feature_store.errors import HeadwaterError
 from feature_store.lake import Lake
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    comparison.store.write_table(table.markdown(lines), [asdict(line) for line in lines])
+    comparison.store.write_table(table.markdown(lines), lines)
 
 
 if __name__ == "__main__":

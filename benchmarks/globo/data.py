@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.globo import summaries
-from benchmarks.results import Predictions
-from benchmarks.split import Split, rows_of, shown_on
+from benchmarks.globo.results import Predictions
+from benchmarks.globo.split import Split, rows_of, shown_on
 from feature_store.errors import DataError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset

@@ -19,7 +19,7 @@ import lightgbm
 import numpy as np
 
 from benchmarks.globo.data import Flat
-from benchmarks.results import PARTS, Predictions, joined, plain
+from benchmarks.globo.results import PARTS, Predictions, joined, plain
 from feature_store.tables import NO_LABEL
 from jobs.training.ids import in_share
 from models.features import ITEM

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.globo.lightgbm_peer import NAME
-from benchmarks.results import PARTS, Result, by_model, by_seed, difference, interval_text
+from benchmarks.globo.results import PARTS, Result, by_model, by_seed, difference, interval_text
 from models.metrics import auc, calibration, logits, normalized_entropy
 
 

@@ -37,6 +37,8 @@ import numpy as np
 from benchmarks.flags import check_names, flags, listed
 from benchmarks.globo import transfer_table as table
 from benchmarks.globo.data import SPLIT as WHOLE
+from benchmarks.globo.results import PARTS, Predictions, Result, Store, joined, of_scored
+from benchmarks.globo.split import Split
 from benchmarks.globo.user_sources import (
     Flag,
     Fresh,
@@ -48,8 +50,6 @@ from benchmarks.globo.user_sources import (
     by_moment,
     read_of,
 )
-from benchmarks.results import PARTS, Predictions, Result, Store, joined, of_scored
-from benchmarks.split import Split
 from feature_store import datasets
 from feature_store.days import shift
 from feature_store.embeddings import EmbeddingKind
@@ -293,23 +293,22 @@ def shown_users(lake: Lake, days: Sequence[str]) -> np.ndarray:
     return np.unique(int64_ids(rows["user_id"].combine_chunks()))
 
 
+def report(transfer: Transfer) -> None:
+    """Run what is missing, print the tables, keep them."""
+    lines = table.lines(transfer.run())
+    lags = table.lag_lines(lines, transfer.lags)
+    transfer.store.write_table(table.markdown(lines, lags), {"arms": lines, "lags": lags})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing and print the tables; they are kept as `table.md` and `table.json` too."""
+    """Print the tables; they are kept as `table.md` and `table.json` too."""
     args = arguments(argv)
     dataset, settings = datasets.get("globo"), Settings.from_env()
     try:
-        transfer = Transfer(Lake(settings.lake_root, dataset), dataset, settings, args)
-        report(transfer)
+        report(Transfer(Lake(settings.lake_root, dataset), dataset, settings, args))
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def report(transfer: Transfer) -> None:
-    """Run, print and keep."""
-    lines = table.lines(transfer.run())
-    lags = table.lag_lines(lines, transfer.lags)
-    transfer.store.write_table(table.markdown(lines, lags), table.plain(lines, lags))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from benchmarks.globo import lightgbm_peer, table
 from benchmarks.globo.compare import Comparison, arguments
 from benchmarks.globo.data import Flat, concat, flat_day, flatten
 from benchmarks.globo.lightgbm_peer import trial
-from benchmarks.results import Predictions, Store, by_seed, difference, interval_text
-from benchmarks.split import Split, base_rates, rows_of, shown_on
+from benchmarks.globo.results import Predictions, Store, by_seed, difference, interval_text
+from benchmarks.globo.split import Split, base_rates, rows_of, shown_on
 from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
 from feature_store.tables import NO_LABEL

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks.results import Predictions, Result, difference
+from benchmarks.globo.results import Predictions, Result, Store, difference
 from feature_store.errors import DataError
-from models.metrics import bootstrap_ne_differences
+from models.metrics import Interval, bootstrap_ne_differences
 
 
 def result(users: np.ndarray, *, offset: float = 0.0, seed: int = 0) -> Result:
@@ -54,6 +55,14 @@ def test_seeds_are_paired_and_count_alike_and_one_other_stands_against_all() -> 
     assert difference(mine, other[:1], "click", 0.5).mean == pytest.approx(np.mean(against))
     itself = difference(mine, mine, "click", 0.5)
     assert itself.mean == itself.low == itself.high == 0
+
+
+def test_a_number_that_does_not_exist_is_none_in_the_file(tmp_path) -> None:
+    nothing = Interval(mean=float("nan"), low=0.5, high=float("inf"))
+    Store(tmp_path).write_table("a table", {"found": [nothing]})
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert found == {"found": [{"mean": None, "low": 0.5, "high": None}]}
+    assert (tmp_path / "table.md").read_text() == "a table"
 
 
 def test_different_labels_are_not_compared() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.results import PARTS, Predictions, joined, of_scored
-from benchmarks.split import Split, rows_of, shown_on
+from benchmarks.globo.results import PARTS, Predictions, joined, of_scored
+from benchmarks.globo.split import Split, rows_of, shown_on
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from jobs.training.config import to_plain

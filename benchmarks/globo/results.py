@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from feature_store.errors import DataError
 from feature_store.spec import Dataset
 from jobs.training.checkpoints import replacing, write_atomically
 from jobs.training.loop import Scored
-from models.metrics import Interval, Paired, bootstrap_mean_ne_difference
+from models.metrics import Interval, Paired, bootstrap_mean_ne_difference, finite_or_none
 
 PARTS = ("validation", "test")
 Metric = Callable[[np.ndarray, np.ndarray], float]  # of labels and predictions
@@ -120,9 +120,10 @@ class Store:
         )
 
     def write_table(self, table: str, values: Any) -> None:
-        """Print the table, and keep it as `table.md` and its values as `table.json`."""
+        """Print the table, and keep it as `table.md` and its values, dataclasses in plain containers, as
+        `table.json`; None where a number does not exist."""
         write_atomically(self.folder / "table.md", table.encode())
-        _write_json(self.folder / "table.json", values)
+        _write_json(self.folder / "table.json", _finite(values))
         print(table)
 
 
@@ -135,6 +136,16 @@ def _read(path: Path) -> Predictions:
     table = pq.read_table(path)
     columns = {n: table[n].to_numpy(zero_copy_only=False) for n in table.column_names}
     return Predictions(**columns | {n: columns[n].astype(str) for n in ("task", "part")})
+
+
+def _finite(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return finite_or_none(value) if isinstance(value, float) else value
 
 
 def _write_json(path: Path, value: Any) -> None:
