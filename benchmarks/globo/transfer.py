@@ -4,7 +4,7 @@
 
 Reads the lake and the snapshots of HEADWATER_HOME: features of the days below, and what each model
 published on the three days before each of them (of day D from the snapshot of D, events before the
-end of D; used on D + 1 it is out of sample). Trains `models.downstream` for one task and one pass on
+end of D; used on D + 1 it is out of sample). Trains `models.downstream` for one task on
 6 to 11 October 2017, tests it on the 13th and 14th; the 12th is scored beside them and chooses nothing.
 All users, since the split is in time; where a task has more targets than the budget, a share of them.
 Each arm and seed is a file under --out and is not trained again. Arms, beside context and item:
