@@ -1,4 +1,4 @@
-"""Flags that the programs which train models share."""
+"""Flags that programs share."""
 
 from __future__ import annotations
 
@@ -9,20 +9,9 @@ from pathlib import Path
 from feature_store.errors import SpecError
 
 
-def flags(
-    program: str, about: str | None, *, seeds: str = "0", any_dataset: bool = True
-) -> argparse.ArgumentParser:
-    """A command line with --out and --seeds.
-
-    Args:
-        program: under `benchmarks`, dotted.
-        about: what `--help` says first.
-        seeds: the default.
-        any_dataset: ask for --dataset too.
-    """
+def flags(program: str, about: str | None, *, seeds: str = "0") -> argparse.ArgumentParser:
+    """A command line with --out and --seeds, whose default is `seeds`; otherwise as `parser`."""
     cli = parser(program, about)
-    if any_dataset:
-        cli.add_argument("--dataset", required=True, help="whose lake: simulated or globo")
     cli.add_argument("--out", type=Path, required=True, help="where everything is kept")
     cli.add_argument(
         "--seeds", type=listed, default=listed(seeds), help=f"of every training, default {seeds}"
@@ -30,13 +19,13 @@ def flags(
     return cli
 
 
-def add_share(cli: argparse.ArgumentParser) -> None:
-    """--share, of the programs that can do with fewer users."""
-    cli.add_argument("--share", type=float, default=1.0, help="of all users, to try things out")
-
-
 def parser(program: str, about: str | None) -> argparse.ArgumentParser:
-    """A command line without flags; the arguments are those of `flags`."""
+    """A command line without flags.
+
+    Args:
+        program: under `benchmarks`, dotted.
+        about: what `--help` says first.
+    """
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{program}",
         description=about,

@@ -10,10 +10,9 @@ SUM comes in our small shape and in the paper's. Weights and inputs are random, 
 spec; every way gets the same requests in turn, in one run, on one CPU thread.
 
 FLOPs are torch's count: of matrix products; table lookups have none. Inputs are what of the user a
-request has to bring, parameters are dense ones once and every looked-up row of a table. Latencies are
-of eager PyTorch with tables that are built for training, whose own overhead they mostly are where
-candidates are few. Not measured: bringing the inputs over a network, and the nightly pass that
-publishes, whose FLOPs per user are the carried part's, once a day.
+request has to bring. Latencies are of eager PyTorch with tables that are built for training, whose own
+overhead they mostly are where candidates are few. Not measured: bringing the inputs over a network, and
+the nightly pass that publishes, whose FLOPs per user are the carried part's, once a day.
 
 Beside it, from Meta's text on SUM: a 15.3 % increase of serving capacity avoided, against putting the
 same complexity into every downstream model. That is of their serving as a whole and their downstream
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flags import parser
@@ -45,7 +44,6 @@ from models.downstream import Downstream, Published, PublishedSource
 from models.features import feature_plan
 from models.sequence import Sequence as EventSequence
 from models.sum import PRESETS, Sum
-from models.tables import Tables
 
 CANDIDATES = (1, 50, 500)
 EVENTS = 64
@@ -116,7 +114,8 @@ def request(dataset: Dataset, *, candidates: int, seed: int) -> Request:
     return Request(batch=batch, user=int(rng.integers(0, USERS)))
 
 
-class Peer(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class Peer:
     """The downstream model, with the user's embeddings from `user_part`.
 
     Args:
@@ -124,20 +123,15 @@ class Peer(nn.Module):
         downstream: reads one source.
         user_part: request -> (1, K, D) float32.
         inputs: request -> what of the user `user_part` reads, as stored.
-        carried: the modules that `user_part` runs.
     """
 
-    def __init__(
-        self, name: str, shape: str, downstream: Downstream, *,
-        user_part: Callable[[Request], Tensor], inputs: Callable[[Request], Any],
-        carried: nn.Module | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.name, self.shape = name, shape
-        self.downstream, self.carried = downstream, carried
-        self.user_part, self.inputs = user_part, inputs
+    name: str
+    shape: str
+    downstream: Downstream
+    user_part: Callable[[Request], Tensor]
+    inputs: Callable[[Request], Any]
 
-    def forward(self, asked: Request) -> Tensor:
+    def __call__(self, asked: Request) -> Tensor:
         """Logits (candidates,)."""
         values = self.user_part(asked)
         there = torch.ones(1, dtype=torch.bool)
@@ -167,7 +161,10 @@ def reading(shape: str, downstream: Downstream, store: Tensor) -> Peer:
     def stored(asked: Request) -> Tensor:
         return store[asked.user : asked.user + 1]
 
-    return Peer(PUBLISHED, shape, downstream, inputs=stored, user_part=lambda r: stored(r).float())
+    return Peer(
+        name=PUBLISHED, shape=shape, downstream=downstream, inputs=stored,
+        user_part=lambda r: stored(r).float(),
+    )  # fmt: skip
 
 
 def carrying_sum(shape: str, downstream: Downstream, tower: Sum) -> Peer:
@@ -178,7 +175,7 @@ def carrying_sum(shape: str, downstream: Downstream, tower: Sum) -> Peer:
         return batch.has_aggregates, batch.user_ids, batch.sparse, batch.dense
 
     return Peer(
-        "SUM's user tower", shape, downstream, carried=tower, inputs=features,
+        name="SUM's user tower", shape=shape, downstream=downstream, inputs=features,
         user_part=lambda r: tower.user_embeddings(r.batch),
     )  # fmt: skip
 
@@ -188,16 +185,14 @@ def carrying_events(shape: str, downstream: Downstream, pooling: EventSequence) 
 
     def events(asked: Request) -> Any:
         batch = asked.batch
-        return (
-            batch.event_stream, batch.event_time, batch.event_ids, batch.event_floats
-        )  # fmt: skip
+        return batch.event_stream, batch.event_time, batch.event_ids, batch.event_floats
 
     def embeddings(asked: Request) -> Tensor:
         batch = asked.batch
         return pooling.user_embeddings(batch, batch.event_offsets.diff(), batch.as_of[:1])
 
     return Peer(
-        f"pooling of {EVENTS} events", shape, downstream, carried=pooling, inputs=events,
+        name=f"pooling of {EVENTS} events", shape=shape, downstream=downstream, inputs=events,
         user_part=embeddings,
     )  # fmt: skip
 
@@ -212,8 +207,7 @@ class Cost:
     Args:
         flops: of the request.
         input_bytes: of the user.
-        parameter_bytes: that are read.
-        latencies_ms: (n,), one for each request.
+        median_ms: of the requests' latencies.
     """
 
     peer: str
@@ -221,18 +215,7 @@ class Cost:
     candidates: int
     flops: int
     input_bytes: int
-    parameter_bytes: int
-    latencies_ms: np.ndarray
-
-    @property
-    def median_ms(self) -> float:
-        """Of the latencies."""
-        return float(np.median(self.latencies_ms))
-
-    @property
-    def p99_ms(self) -> float:
-        """Of the latencies."""
-        return float(np.quantile(self.latencies_ms, 0.99))
+    median_ms: float
 
 
 def nbytes(value: Any) -> int:
@@ -249,27 +232,6 @@ def flops(peer: Peer, asked: Request) -> int:
     with FlopCounterMode(display=False) as counter:
         peer(asked)
     return counter.get_total_flops()
-
-
-def parameter_bytes(peer: Peer, asked: Request) -> int:
-    """Read for one request: every dense parameter that the logits depend on, and a row of a table for
-    every id that is looked up, as often as it is."""
-    tables = [m for m in peer.modules() if isinstance(m, Tables)]
-    fused = {id(p) for t in tables for p in t.parameters()}
-    dense = [p for p in peer.parameters() if id(p) not in fused]
-    rows = 0
-
-    def count(table: Tables, args: tuple[Any, ...]) -> None:
-        nonlocal rows
-        rows += sum(int((x.ids != -1).sum()) for x in args[0]) * table.config.dim * 4
-
-    hooks = [t.register_forward_pre_hook(count) for t in tables]
-    try:
-        grads = torch.autograd.grad(peer(asked).sum(), dense, allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return rows + sum(nbytes(p) for p, g in zip(dense, grads, strict=True) if g is not None)
 
 
 @torch.no_grad()  # fused tables know no inference mode
@@ -299,8 +261,7 @@ def measure(
                 peer=peer.name, shape=peer.shape, candidates=count,
                 flops=flops(peer, asked[0]),
                 input_bytes=nbytes(peer.inputs(asked[0])),
-                parameter_bytes=parameter_bytes(peer, asked[0]),
-                latencies_ms=taken,
+                median_ms=float(np.median(taken)),
             )
             for peer, taken in zip(found, timed, strict=True)
         ]  # fmt: skip
@@ -311,8 +272,8 @@ def markdown(costs: Sequence[Cost]) -> str:
     """A table; ratios are to the published embedding of the same shape and candidates."""
     out = [
         "| shape | user part | candidates | kFLOP an impression | ratio | user inputs, bytes "
-        "| parameters, kB | median, ms | ratio | p99, ms | ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| median, ms | ratio |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     published = {(c.shape, c.candidates): c for c in costs if c.peer == PUBLISHED}
     for c in sorted(costs, key=lambda c: (list(PRESETS).index(c.shape), c.candidates)):
@@ -323,10 +284,8 @@ def markdown(costs: Sequence[Cost]) -> str:
 
         out.append(
             f"| {c.shape} | {c.peer} | {c.candidates} | {c.flops / c.candidates / 1e3:,.1f} | "
-            f"{ratio(c.flops, base.flops)} | {c.input_bytes:,} | "
-            f"{c.parameter_bytes / 1e3:,.0f} | {c.median_ms:.3f} | "
-            f"{ratio(c.median_ms, base.median_ms)} | {c.p99_ms:.3f} | "
-            f"{ratio(c.p99_ms, base.p99_ms)} |"
+            f"{ratio(c.flops, base.flops)} | {c.input_bytes:,} | {c.median_ms:.3f} | "
+            f"{ratio(c.median_ms, base.median_ms)} |"
         )
     return "\n".join(out)
 

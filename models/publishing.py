@@ -7,7 +7,7 @@
 A bag is made of the very rows that a candidate is looked up in, and the K embeddings begin in the bags'
 directions: their dot product hints from the first step on whether the user has met what the candidate is.
 Through the event model, pooling and an MLP the same has to be found, and in ten small days is not
-(docs/results.md).
+(docs/decisions.md).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 A model may have several readers (`SequenceConfig.members`) over the same events and embedding tables.
 Each has a loss of its own and their logits are averaged: an ensemble with a shared trunk (Lee et al.,
 "Why M heads are better than one", arXiv 1511.06314). What differs between trainings of a network is
-worth as much on the click tasks of Globo as anything that we know to tell it (docs/results.md).
+worth as much on the click tasks of Globo as anything that we know to tell it (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -107,31 +107,25 @@ class HistoryNumbers(nn.Module):
 
     Args:
         plan: the features.
-        config: which of it.
     """
 
-    def __init__(self, plan: FeaturePlan, config: SequenceConfig) -> None:
+    def __init__(self, plan: FeaturePlan) -> None:
         super().__init__()
         self.plan = plan
-        counts = stream_blocks(plan) + match_blocks(plan) if config.matches else ()
-        self.counts = Standardise(counts) if config.matches else None
-        self.pairs = PairNumbers(plan) if config.pairs else None
-        self.inputs: Blocks = hinged(counts) + (() if self.pairs is None else self.pairs.summaries)
+        counts = stream_blocks(plan) + match_blocks(plan)
+        self.counts = Standardise(counts)
+        self.pairs = PairNumbers(plan)
+        self.inputs: Blocks = hinged(counts) + self.pairs.summaries
 
-    def forward(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor | None]:
-        """(T, F) float32; and the inputs of `PairEncoder`, (P, W) float32, if there is one."""
-        columns = [torch.zeros(batch.targets, 0, device=batch.as_of.device)]
-        if self.counts is not None:
-            exact = [
-                stream_numbers(batch, pairs, batch.as_of, self.plan),
-                match_numbers(batch, pairs, self.plan),
-            ]
-            columns.append(hinges(self.counts(torch.cat(exact, dim=1))))
-        of_pairs = None
-        if self.pairs is not None:
-            of_pairs, summaries = self.pairs(batch, pairs)
-            columns.append(summaries)
-        return torch.cat(columns, dim=1), of_pairs
+    def forward(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """(T, F) float32; and the inputs of `PairEncoder`, (P, W) float32."""
+        exact = [
+            stream_numbers(batch, pairs, batch.as_of, self.plan),
+            match_numbers(batch, pairs, self.plan),
+        ]
+        counts = hinges(self.counts(torch.cat(exact, dim=1)))
+        of_pairs, summaries = self.pairs(batch, pairs)
+        return torch.cat([counts, summaries], dim=1), of_pairs
 
 
 def newest_events(events: Tensor, batch: Batch, n: int) -> Tensor:
@@ -148,7 +142,7 @@ def newest_events(events: Tensor, batch: Batch, n: int) -> Tensor:
 class Read(NamedTuple):
     """What all readers read: events (N, E); tokens (T, n, D) and dense (T, D) of the targets; users
     (T, L, D), or None; newest (T, n E), of `newest_events`; known (T, F): the numbers of target, history
-    and user, beside tokens and newest; the pairs, with of_pairs (P, W), or None, of `HistoryNumbers`."""
+    and user, beside tokens and newest; the pairs, with of_pairs (P, W), of `HistoryNumbers`."""
 
     events: Tensor
     tokens: Tensor
@@ -157,7 +151,7 @@ class Read(NamedTuple):
     newest: Tensor
     known: Tensor
     pairs: Pairs
-    of_pairs: Tensor | None
+    of_pairs: Tensor
 
 
 class Reader(nn.Module):
@@ -168,7 +162,7 @@ class Reader(nn.Module):
         config: its shape.
         target: the encoder of targets, which is not a part of it.
         history: what is counted and known, neither.
-        known: of `Read.known`; none: it is not read.
+        known: of `Read.known`.
         user_tokens: names of the L embeddings of the user's nightly features; none without.
     """
 
@@ -187,33 +181,18 @@ class Reader(nn.Module):
         self.pooling = AttentionPooling.of(config)
         of_target = blocks((*target.tokens, DENSE), dim)
         self.query = mlp(of_target, 2 * width, self.pooling.query_width)
-        self.pairs, self.related = None, None
-        if history.pairs is not None:
-            heads = config.heads * config.queries
-            self.pairs = PairEncoder(plan, history.pairs.inputs, heads=heads)
-            self.related = nn.Linear(self.pairs.width, dim)
-        self.numbers, self.newest = None, None
-        if known:
-            hidden = config.numbers
-            self.numbers = nn.Sequential(linear(known, hidden), nn.ReLU(), mlp(hidden, hidden, dim))
-        if config.newest:
-            self.newest = nn.Linear(config.newest * width, dim)
-        tokens = [
-            *target.tokens,
-            *(() if self.related is None else ("related",)),
-            *numbered("pooled", config.queries),
-            *(() if self.numbers is None else ("known",)),
-            *(() if self.newest is None else ("newest",)),
-            *user_tokens,
-        ]
+        self.pairs = PairEncoder(plan, history.pairs.inputs, heads=config.heads * config.queries)
+        self.related = nn.Linear(self.pairs.width, dim)
+        hidden = config.numbers
+        self.numbers = nn.Sequential(linear(known, hidden), nn.ReLU(), mlp(hidden, hidden, dim))
+        self.newest = nn.Linear(config.newest * width, dim)
+        pooled = numbered("pooled", config.queries)
+        tokens = (*target.tokens, "related", *pooled, "known", "newest", *user_tokens)
         self.mix_tower = MixTower(tokens, dim, plan.tasks, config=config.mix)
 
     def forward(self, batch: Batch, read: Read) -> Tensor:
         """Logits (T, n_tasks)."""
-        mixed, bias = [read.tokens], None
-        if self.pairs is not None and self.related is not None and read.of_pairs is not None:
-            bias, related = self.pairs(batch, read.pairs, read.of_pairs)
-            mixed.append(self.related(related)[:, None])
+        bias, related = self.pairs(batch, read.pairs, read.of_pairs)
         pooled = self.pooling(
             read.events,
             self.query(torch.cat([read.tokens.flatten(1), read.dense], dim=1)),
@@ -223,11 +202,13 @@ class Reader(nn.Module):
             at=batch.as_of,
             pair_bias=bias,
         )
-        mixed.append(pooled)
-        if self.numbers is not None:
-            mixed.append(self.numbers(read.known)[:, None])
-        if self.newest is not None:
-            mixed.append(self.newest(read.newest)[:, None])
+        mixed = [
+            read.tokens,
+            self.related(related)[:, None],
+            pooled,
+            self.numbers(read.known)[:, None],
+            self.newest(read.newest)[:, None],
+        ]
         if read.users is not None:
             mixed.append(read.users)
         return self.mix_tower(torch.cat(mixed, dim=1), read.dense)

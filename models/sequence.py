@@ -67,13 +67,11 @@ class Sequence(nn.Module):
         )
         self.target = TargetEncoder(plan, dim)
 
-        self.history = HistoryNumbers(plan, config)
-        known: Blocks = ()
-        if self.history.inputs:
-            newest = blocks(numbered("newest", config.newest), width)
-            known = self.target.inputs + self.history.inputs
-            known += blocks(self.target.tokens, dim) + newest
-            known += () if user_side is None else user_side.inputs
+        self.history = HistoryNumbers(plan)
+        newest = blocks(numbered("newest", config.newest), width)
+        known: Blocks = self.target.inputs + self.history.inputs
+        known += blocks(self.target.tokens, dim) + newest
+        known += () if user_side is None else user_side.inputs
         self.readers = nn.ModuleList(
             Reader(
                 plan,

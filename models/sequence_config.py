@@ -22,8 +22,6 @@ class SequenceConfig:
         head_dim: of a head.
         layers: causal self-attention layers under the pooling; 0 is the base, O(M N).
         encoder: what kind of layer.
-        matches: give the interaction the exact counts of `models.history` too.
-        pairs: relate the candidate to each event by `models.pairs`, inside the attention and beside it.
         newest: of the visible events, so many are read as they are too, beside the attention.
         numbers: width of the MLP that reads what is counted and known beside the attention.
         bags: the published embeddings begin in the direction of bags of the ids that candidates share
@@ -40,8 +38,6 @@ class SequenceConfig:
     head_dim: int = 16
     layers: int = 0
     encoder: Encoder = Encoder.SOFTMAX
-    matches: bool = True
-    pairs: bool = True
     newest: int = 2
     numbers: int = 192
     bags: bool = False

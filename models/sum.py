@@ -41,7 +41,7 @@ class SumConfig:
         user: the user tower's modules.
         mix: the mix tower's modules. Few and plain: what reads the published embeddings has to find in
             them what this tower finds. On the simulated world dot products match a user with a candidate
-            hundreds of steps before MLP and DCN do (docs/results.md).
+            hundreds of steps before MLP and DCN do (docs/decisions.md).
         dense_tokens: embeddings that the dense user features become.
     """
 

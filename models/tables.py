@@ -190,12 +190,6 @@ class Tables(nn.Module):
             weights=torch.cat(weights),
         )
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the rate of the fused optimizer for the following backward passes."""
-        for group in self.collection.fused_optimizer().param_groups:
-            group["lr"] = learning_rate
-        self.collection.fused_optimizer().step()
-
     def optimizer_state(self) -> dict[str, Tensor]:
         """Table name -> row-wise Adagrad's sum of squares, (rows,) float32. Views, not copies."""
         state = self.collection.fused_optimizer().state_dict()["state"]

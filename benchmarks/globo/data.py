@@ -2,8 +2,7 @@
 
 From the same decoded batches that our models are trained on, so that nobody sees more or less: ids,
 item and co-occurrence counts, nightly features of the user, what can be counted about the visible
-history, and hand-made summaries of it (`summaries.py`). The visible events themselves are kept once
-per user-day; a target's are a slice of them. A day is computed once and kept as one file.
+history, and hand-made summaries of it (`summaries.py`). A day is computed once and kept as one file.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.globo import summaries
-from benchmarks.results import Predictions
-from benchmarks.split import Split, rows_of, shown_on
+from benchmarks.globo.results import Predictions
+from benchmarks.globo.split import Split, rows_of, shown_on
 from feature_store.errors import DataError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
@@ -26,10 +25,9 @@ from feature_store.tables import NO_LABEL
 from jobs.training.checkpoints import replacing
 from jobs.training.loader import Limits, cuts
 from jobs.training.rows import Rows
-from models.features import ITEM, TARGET_ITEM, FeaturePlan, feature_plan
+from models.features import ITEM, TARGET_ITEM, feature_plan
 from models.history import bag_match_numbers, match_numbers, stream_numbers, target_pairs
 
-WINDOW = 50  # newest events with an item that a sequence holds
 _MINUTE_US = 60_000_000
 SPLIT = Split(
     train=("2017-10-02", "2017-10-11"),
@@ -38,6 +36,7 @@ SPLIT = Split(
 )
 _LIMITS = Limits(max_targets=8192)
 _VERSION = 2  # of what is computed here: files of another are made again
+_PER_TARGET = ("user_id", "target_id", "labels", "ids", "numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +46,18 @@ class Flat:
 
     Args:
         names: of the columns of `ids` (K) and `numbers` (C), and of the tasks.
-        user_id, target_id, as_of: (T,) int64.
+        user_id, target_id: (T,) int64.
         labels: (T, n_tasks) int8; 1, 0 or NO_LABEL.
         ids: (T, K) int64, the target's and its user's; -1 where missing.
         numbers: (T, C) float32; NaN where missing.
-        start, end: (T,) int64, each target's visible events, at most WINDOW, in `events`.
-        events: "time" and categorical attributes, item first, of events with an item: (E,) int64.
     """
 
     names: dict[str, list[str]]
     user_id: np.ndarray
     target_id: np.ndarray
-    as_of: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
     numbers: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    events: dict[str, np.ndarray]
 
     def __len__(self) -> int:
         return len(self.user_id)
@@ -78,18 +71,26 @@ class Flat:
         return self.labels[:, self.names["tasks"].index(task)]
 
     def where(self, mask: np.ndarray) -> Flat:
-        """Those targets, over the same events."""
-        of = {k: getattr(self, k)[mask] for k in _PER_TARGET}
-        return Flat(names=self.names, events=self.events, **of)
+        """Those targets."""
+        return Flat(names=self.names, **{k: getattr(self, k)[mask] for k in _PER_TARGET})
+
+    def predicted(self, task: str, part: str, prediction: np.ndarray) -> Predictions:
+        """`prediction` (T,) of the targets, all of which have a label of `task`."""
+        return Predictions(
+            task=np.full(len(self), task),
+            part=np.full(len(self), part),
+            user_id=self.user_id,
+            target_id=self.target_id,
+            label=self.label(task),
+            prediction=prediction,
+        )
 
     def save(self, path: Path, note: dict[str, Any]) -> None:
         """Write one file, whole or not at all, that `load` accepts under the same `note`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {k: getattr(self, k) for k in _PER_TARGET}
-        arrays |= {f"events/{k}": v for k, v in self.events.items()}
         about = json.dumps({"names": self.names, "note": note})
         with replacing(path) as staging, staging.open("wb") as file:
-            np.savez(file, about=np.array(about), **arrays)
+            np.savez(file, about=np.array(about), **{k: getattr(self, k) for k in _PER_TARGET})
 
     @staticmethod
     def load(path: Path, note: dict[str, Any]) -> Flat | None:
@@ -100,24 +101,13 @@ class Flat:
             about = json.loads(str(found["about"]))
             if about["note"] != note:
                 return None
-            events = {k[7:]: found[k] for k in found.files if k.startswith("events/")}
-            of = {k: found[k] for k in _PER_TARGET}
-        return Flat(names=about["names"], events=events, **of)
-
-
-_PER_TARGET = ("user_id", "target_id", "as_of", "labels", "ids", "numbers", "start", "end")
+            return Flat(names=about["names"], **{k: found[k] for k in _PER_TARGET})
 
 
 def concat(parts: Sequence[Flat]) -> Flat:
     """All of them in one, in order."""
-    first = parts[0]
-    sizes = np.cumsum([0, *(len(p.events["time"]) for p in parts)])
     of = {k: np.concatenate([getattr(p, k) for p in parts]) for k in _PER_TARGET}
-    for k in ("start", "end"):
-        moved = [getattr(p, k) + s for p, s in zip(parts, sizes, strict=False)]
-        of[k] = np.concatenate(moved)
-    events = {k: np.concatenate([p.events[k] for p in parts]) for k in first.events}
-    return Flat(names=first.names, events=events, **of)
+    return Flat(names=parts[0].names, **of)
 
 
 def flatten(dataset: Dataset, rows: Rows, lo: int, hi: int) -> Flat:
@@ -128,8 +118,6 @@ def flatten(dataset: Dataset, rows: Rows, lo: int, hi: int) -> Flat:
     of_row = batch.row_of_target.numpy()
     ids = {ITEM: batch.item_id, **batch.context_ids}
     ids |= {f"user_{k}": v[batch.row_of_target] for k, v in batch.user_ids.items()}
-    item = item_attribute(plan)
-    carries = batch.event_ids[item].numpy() != -1
     columns: summaries.Columns = {}
     columns |= {k: v.numpy() for k, v in batch.context_floats.items()}
     columns |= _named("", plan.item_numbers, batch.item_features.numpy())
@@ -140,8 +128,10 @@ def flatten(dataset: Dataset, rows: Rows, lo: int, hi: int) -> Flat:
     columns |= _named("bag", None, bag_match_numbers(batch, plan).numpy())
     columns |= _named("stream", None, stream_numbers(batch, pairs, batch.as_of, plan).numpy())
     columns |= _named("match", None, match_numbers(batch, pairs, plan).numpy())
+    # summaries are of the events that carry an item
+    item = next(m.name for m in plan.matches if m.candidate == TARGET_ITEM)
     events = pairs.event.numpy()
-    keep = carries[events]
+    keep = batch.event_ids[item].numpy()[events] != -1
     events, of = events[keep], pairs.query.numpy()[keep]
     segments = summaries.Segments(of, batch.targets)
     columns |= summaries.together(segments, batch.pair_numbers.numpy()[keep], plan.pair_numbers)
@@ -152,34 +142,20 @@ def flatten(dataset: Dataset, rows: Rows, lo: int, hi: int) -> Flat:
     columns |= summaries.recency(segments, age.astype(np.float32))
     recent = {k: v.numpy()[events] for k, v in batch.event_ids.items()}
     columns |= summaries.last_ids(segments, recent, {item: 3})
-    before = np.concatenate([[0], np.cumsum(carries)])
-    first = batch.event_offsets.numpy()[of_row]
-    end = before[first + batch.history_end.numpy()]
     t0, t1 = rows.target_offsets[lo], rows.target_offsets[hi]
-    sequence = {item: None, **dict.fromkeys(c.name for c in plan.event_ids)}
     return Flat(
         names={"ids": list(ids), "numbers": list(columns), "tasks": list(plan.tasks)},
         user_id=batch.user_id.numpy()[of_row],
         target_id=rows.target_id.slice(t0, t1 - t0).to_numpy(),
-        as_of=batch.as_of.numpy(),
         labels=batch.labels.numpy().astype(np.int8),
         ids=np.stack([v.numpy() for v in ids.values()], axis=1),
         numbers=np.stack([np.asarray(v, np.float32) for v in columns.values()], axis=1),
-        start=np.maximum(before[first], end - WINDOW),
-        end=end,
-        events={"time": batch.event_time.numpy()[carries]}
-        | {name: batch.event_ids[name].numpy()[carries] for name in sequence},
     )
 
 
 def _named(prefix: str, names: Sequence[str] | None, values: np.ndarray) -> summaries.Columns:
     chosen = names or [f"{prefix}_{i}" for i in range(values.shape[1])]
     return dict(zip(chosen, values.T, strict=True))
-
-
-def item_attribute(plan: FeaturePlan) -> str:
-    """The attribute of events that holds an item."""
-    return next(m.name for m in plan.matches if m.candidate == TARGET_ITEM)
 
 
 def flat_day(lake: Lake, dataset: Dataset, ds: str, *, share: float, folder: Path) -> Flat:
@@ -202,17 +178,3 @@ def flat_day(lake: Lake, dataset: Dataset, ds: str, *, share: float, folder: Pat
         found = concat(parts)
         found.save(path, note)
     return found
-
-
-def predicted(task: str, part: str, rows: Flat, prediction: np.ndarray) -> Predictions:
-    """`prediction` (n,) of the rows, all of which have a label of `task`."""
-    if not np.isfinite(prediction).all():
-        raise FloatingPointError("a prediction is not a number: the model has diverged")
-    return Predictions(
-        task=np.full(len(rows), task),
-        part=np.full(len(rows), part),
-        user_id=rows.user_id,
-        target_id=rows.target_id,
-        label=rows.label(task),
-        prediction=np.asarray(prediction, np.float64),
-    )

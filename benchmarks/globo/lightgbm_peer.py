@@ -9,19 +9,24 @@ better is tested. Trees are added until validation has not improved for 50.
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightgbm
 import numpy as np
 
-from benchmarks.globo.data import Flat, predicted
-from benchmarks.results import PARTS, Predictions, joined, tune
+from benchmarks.globo.data import Flat
+from benchmarks.globo.results import PARTS, Predictions, joined, plain
 from feature_store.tables import NO_LABEL
 from jobs.training.ids import in_share
 from models.features import ITEM
 
+NAME = "lightgbm"
+Params = dict[str, Any]
+Sets = tuple[lightgbm.Dataset, lightgbm.Dataset]
 _SAMPLE = 0x6C67626D
 _ALWAYS = {
     "objective": "binary",
@@ -34,7 +39,7 @@ _ALWAYS = {
     "max_cat_threshold": 64,
     "cat_smooth": 50,
 }
-START: dict[str, Any] = {
+START: Params = {
     "num_leaves": 63,
     "learning_rate": 0.1,
     "min_data_in_leaf": 200,
@@ -43,6 +48,7 @@ START: dict[str, Any] = {
     "lambda_l2": 5.0,
     "categories": "none",
 }
+# tried beside the best so far, in this order
 CHOICES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("num_leaves", (31, 127, 255)),
     ("categories", ("small", "blocks")),
@@ -63,34 +69,33 @@ class Table:
         self.y = rows.label(task)
         assert (self.y != NO_LABEL).all()
 
+    def categories(self, kind: str) -> list[str]:
+        """Columns of ids that are categories and not numbers."""
+        ids = [n for n in self.names if n.startswith("id_") and n != f"id_{ITEM}"]
+        small = [n for n in ids if n not in ("id_topic", "id_section")]
+        return {"none": [], "small": small, "blocks": ids}[kind]
 
-def _categories(names: list[str], kind: str) -> list[str]:
-    ids = [n for n in names if n.startswith("id_") and n != f"id_{ITEM}"]
-    blocks = [n for n in ids if n in ("id_topic", "id_section")]
-    return {"none": [], "small": [n for n in ids if n not in blocks], "blocks": ids}[kind]
 
-
-def _sets(train: Table, validation: Table, kind: str) -> tuple[lightgbm.Dataset, lightgbm.Dataset]:
-    chosen = _categories(train.names, kind)
+def _sets(train: Table, validation: Table, kind: str) -> Sets:
     params = {"feature_pre_filter": False, "verbose": -1, "num_threads": 1}
     one = lightgbm.Dataset(
-        train.x, train.y, feature_name=train.names, categorical_feature=chosen,
+        train.x, train.y, feature_name=train.names, categorical_feature=train.categories(kind),
         params=params, free_raw_data=False,
     )  # fmt: skip
     return one, one.create_valid(validation.x, validation.y)
 
 
-def _fit(
-    sets: tuple[lightgbm.Dataset, lightgbm.Dataset], params: dict[str, Any], seed: int
-) -> lightgbm.Booster:
+def _fit(sets: Sets, params: Params, seed: int) -> tuple[lightgbm.Booster, float]:
+    """The model, and its log loss on the validation day."""
     shape = {k: v for k, v in params.items() if k != "categories"}
-    return lightgbm.train(
+    booster = lightgbm.train(
         {**_ALWAYS, **shape, "seed": seed},
         sets[0],
         num_boost_round=_MAX_TREES,
         valid_sets=[sets[1]],
         callbacks=[lightgbm.early_stopping(_PATIENCE, verbose=False)],
     )
+    return booster, next(iter(booster.best_score["valid_0"].values()))
 
 
 class LightGbm:
@@ -121,22 +126,21 @@ class LightGbm:
             parts: `train`, `validation` and `test`, rows with a label of `task`.
         """
         tables = {name: Table(rows, task) for name, rows in parts.items()}
-        started = time.monotonic()
         chosen, tuning = self._tune(task, tables, parts["train"])
+        started = time.monotonic()
         sets = _sets(tables["train"], tables["validation"], chosen["categories"])
         found = []
         for leaves in (chosen["num_leaves"], 2 * chosen["num_leaves"]):
             params = {**chosen, "num_leaves": leaves, "learning_rate": _FINAL_RATE}
             begun = time.monotonic()
-            booster = _fit(sets, params, seed)
-            loss = next(iter(booster.best_score["valid_0"].values()))
+            booster, loss = _fit(sets, params, seed)
             found.append((loss, booster, params, time.monotonic() - begun))
             print(
                 f"  {task} {params} trees {booster.best_iteration} logloss {loss:.5f}", flush=True
             )
         _, booster, params, seconds = min(found, key=lambda f: f[0])
         predictions = [
-            predicted(task, part, parts[part], np.asarray(booster.predict(tables[part].x)))
+            parts[part].predicted(task, part, np.asarray(booster.predict(tables[part].x)))
             for part in PARTS
         ]
         gains = booster.feature_importance("gain")
@@ -152,23 +156,52 @@ class LightGbm:
         }
         return joined(predictions), facts
 
-    def _tune(
-        self, task: str, tables: dict[str, Table], train: Flat
-    ) -> tuple[dict[str, Any], float]:
-        """The chosen parameters, and the seconds that trials of earlier runs had taken."""
+    def _tune(self, task: str, tables: dict[str, Table], train: Flat) -> tuple[Params, float]:
+        """The chosen parameters, and the seconds of all trials, whichever run they were of."""
         some = Table(train.where(in_share(train.user_id, self.tuning_share, _SAMPLE)), task)
-        sets: dict[str, tuple[lightgbm.Dataset, lightgbm.Dataset]] = {}
+        sets: dict[str, Sets] = {}
 
-        def run(params: dict[str, Any]) -> dict[str, Any]:
+        def run(params: Params) -> dict[str, Any]:
             kind = params["categories"]
             if kind not in sets:
                 sets[kind] = _sets(some, tables["validation"], kind)
             begun = time.monotonic()
-            booster = _fit(sets[kind], params, 0)
-            found = next(iter(booster.best_score["valid_0"].values()))
+            booster, loss = _fit(sets[kind], params, 0)
             seconds = time.monotonic() - begun
-            print(f"  {task} {params} {found:.5f} in {seconds:.0f} s", flush=True)
-            return {"logloss": found, "trees": booster.best_iteration, "seconds": seconds}
+            print(f"  {task} {params} {loss:.5f} in {seconds:.0f} s", flush=True)
+            return {"logloss": loss, "trees": booster.best_iteration, "seconds": seconds}
 
-        key = {"about": self.about, "share": self.tuning_share}
-        return tune(self.folder / f"lightgbm-{task}.jsonl", key, START, CHOICES, run)
+        def tried(params: Params) -> tuple[float, float]:
+            key = {"about": self.about, "share": self.tuning_share, "params": params}
+            found = trial(self.folder / f"lightgbm-{task}.jsonl", key, lambda: run(params))
+            return found["logloss"], found["seconds"]
+
+        best = START
+        lowest, spent = tried(best)
+        for name, values in CHOICES:
+            for value in values:
+                params = {**best, name: value}
+                loss, seconds = tried(params)
+                spent += seconds
+                if loss < lowest:
+                    best, lowest = params, loss
+        return best, spent
+
+
+def trial(path: Path, config: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a trial of `config` found, from the lines of `path` or from `run`, which is then added.
+
+    One JSON object a line; a line that a killed run left unfinished is not read.
+    """
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            known = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if known["config"] == plain(config):
+            return known["found"]
+    found = run()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as out:
+        out.write("\n" * bool(out.tell()) + json.dumps({"config": config, "found": found}))
+    return found

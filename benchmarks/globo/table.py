@@ -1,4 +1,4 @@
-"""The comparison as a table: NE, what of it is calibration, AUC and the difference to the best peer."""
+"""The comparison as a table: NE, what of it is calibration, AUC and the difference to LightGBM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks.results import PARTS, Result, by_model, difference, interval_text
+from benchmarks.globo.lightgbm_peer import NAME
+from benchmarks.globo.results import PARTS, Result, by_model, by_seed, difference, interval_text
 from models.metrics import auc, calibration, logits, normalized_entropy
 
 
@@ -21,8 +22,8 @@ class Line:
         calibration: sum of predictions over sum of labels, of the test days.
         recalibrated: NE of `recalibrated` predictions for the test days.
         spread: largest less smallest NE on the test days over the seeds.
-        difference: NE on the test days less the best peer's, with its 95 % interval, as
-            `results.difference` pairs their seeds; "" for the best peer itself.
+        difference: NE on the test days less LightGBM's, with its 95 % interval, as
+            `results.difference` pairs their seeds; "" where there is none.
         seconds: of one training.
     """
 
@@ -50,10 +51,8 @@ def recalibrated(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     return LogisticRegression(C=np.inf).fit(x, labels).predict_proba(x)[:, 1]
 
 
-def lines(
-    results: Sequence[Result], peers: Sequence[str], base_rates: Mapping[str, float]
-) -> list[Line]:
-    """By task, best first. The best peer is the one of the lowest NE on the validation day.
+def lines(results: Sequence[Result], base_rates: Mapping[str, float]) -> list[Line]:
+    """By task, best first.
 
     Raises:
         DataError: two models were not tested on the same labels.
@@ -61,47 +60,33 @@ def lines(
     found = []
     for task, base_rate in base_rates.items():
         models = by_model(r for r in results if task in r.tasks)
-        scores = {m: [_scores(r, task, base_rate) for r in of] for m, of in models.items()}
-        means = {
-            m: {name: float(np.mean([x[name] for x in of])) for name in of[0]}
-            for m, of in scores.items()
-        }
-        known = [m for m in models if m in peers]
-        best = min(known, key=lambda m: means[m]["ne validation"], default=None)
-        task_lines = []
-        for model, of in models.items():
-            against = ""
-            if best is not None and model != best:
-                rates = {task: base_rate}
-                against = interval_text(difference(of, "test", models[best], "test", rates))
-            task_lines.append(
-                Line(
-                    task=task, model=model, peer=model in peers, seeds=len(of),
-                    ne={part: means[model][f"ne {part}"] for part in PARTS},
-                    auc={part: means[model][f"auc {part}"] for part in PARTS},
-                    calibration=means[model]["calibration"],
-                    recalibrated=means[model]["recalibrated"],
-                    spread=float(np.ptp([x["ne test"] for x in scores[model]])),
-                    difference=against,
-                    seconds=float(np.mean([r.facts["seconds"] for r in of])),
-                    command=of[0].facts["command"],
-                )
-            )  # fmt: skip
-        found += sorted(task_lines, key=lambda line: line.ne["test"])
+        peer = models.get(NAME)
+        of_task = [_line(task, of, peer, base_rate) for of in models.values()]
+        found += sorted(of_task, key=lambda line: line.ne["test"])
     return found
 
 
-def _scores(result: Result, task: str, base_rate: float) -> dict[str, float]:
-    """NE and AUC by part; calibration and NE recalibrated, of the test."""
-    found = {}
-    for part in PARTS:
-        mine = result.predictions.of(task, part)
-        found[f"ne {part}"] = normalized_entropy(mine.label, mine.prediction, base_rate)
-        found[f"auc {part}"] = auc(mine.label, mine.prediction)
-    mine = result.predictions.of(task, "test")
-    found["calibration"] = calibration(mine.label, mine.prediction)
-    again = recalibrated(mine.label, mine.prediction)
-    return found | {"recalibrated": normalized_entropy(mine.label, again, base_rate)}
+def _line(task: str, of: Sequence[Result], peer: Sequence[Result] | None, base_rate: float) -> Line:
+    def ne(labels: np.ndarray, predictions: np.ndarray) -> float:
+        return normalized_entropy(labels, predictions, base_rate)
+
+    def ne_recalibrated(labels: np.ndarray, predictions: np.ndarray) -> float:
+        return ne(labels, recalibrated(labels, predictions))
+
+    against = ""
+    if peer is not None and peer is not of:
+        against = interval_text(difference(of, peer, task, base_rate))
+    return Line(
+        task=task, model=of[0].model, peer=of is peer, seeds=len(of),
+        ne={part: float(by_seed(of, task, part, ne).mean()) for part in PARTS},
+        auc={part: float(by_seed(of, task, part, auc).mean()) for part in PARTS},
+        calibration=float(by_seed(of, task, "test", calibration).mean()),
+        recalibrated=float(by_seed(of, task, "test", ne_recalibrated).mean()),
+        spread=float(np.ptp(by_seed(of, task, "test", ne))),
+        difference=against,
+        seconds=float(np.mean([r.facts["seconds"] for r in of])),
+        command=of[0].facts["command"],
+    )  # fmt: skip
 
 
 def markdown(found: Sequence[Line]) -> str:
@@ -110,7 +95,7 @@ def markdown(found: Sequence[Line]) -> str:
     for task in dict.fromkeys(line.task for line in found):
         out += [
             f"\n### {task}\n",
-            "| model | NE validation | NE test | NE to the best peer, 95 % | predicted / true | NE recalibrated "
+            "| model | NE validation | NE test | less LightGBM, 95 % | predicted / true | NE recalibrated "
             "| AUC test | seeds | seconds |",
             "|---" * 9 + "|",
         ]

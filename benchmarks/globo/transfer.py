@@ -4,7 +4,7 @@
 
 Reads the lake and the snapshots of HEADWATER_HOME: features of the days below, and what each model
 published on the three days before each of them (of day D from the snapshot of D, events before the
-end of D; used on D + 1 it is out of sample). Trains `models.downstream` for one task and one pass on
+end of D; used on D + 1 it is out of sample). Trains `models.downstream` for one task on
 6 to 11 October 2017, tests it on the 13th and 14th; the 12th is scored beside them and chooses nothing.
 All users, since the split is in time; where a task has more targets than the budget, a share of them.
 Each arm and seed is a file under --out and is not trained again. Arms, beside context and item:
@@ -34,30 +34,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.alone import budget as budget_of
 from benchmarks.flags import check_names, flags, listed
 from benchmarks.globo import transfer_table as table
 from benchmarks.globo.data import SPLIT as WHOLE
+from benchmarks.globo.results import PARTS, Predictions, Result, Store, joined, of_scored
+from benchmarks.globo.split import Split
 from benchmarks.globo.user_sources import (
     Flag,
     Fresh,
     RandomSum,
-    Reader,
     Snapshots,
     Source,
     Stored,
     Unrounded,
     by_moment,
+    read_of,
 )
-from benchmarks.results import (
-    PARTS,
-    Predictions,
-    Result,
-    Store,
-    joined,
-    of_scored,
-)
-from benchmarks.split import Split
 from feature_store import datasets
 from feature_store.days import shift
 from feature_store.embeddings import EmbeddingKind
@@ -71,8 +63,9 @@ from jobs.training.config import DownstreamTraining, to_plain
 from jobs.training.downstream import ArmConfig, Comparison, Loaded, arms
 from jobs.training.ids import int64_ids, seed_of
 from jobs.training.loader import Limits, Users, cuts, labelled_day, labelled_rows, share_within
-from jobs.training.presets import preset
+from jobs.training.presets import downstream_training, preset
 from jobs.training.rows import Rows
+from models.downstream import Published
 from models.metrics import normalized_entropy
 
 SPLIT = replace(WHOLE, train=("2017-10-06", "2017-10-11"))
@@ -81,10 +74,17 @@ LAGS_DAYS, LAGS_HOURS = (1, 2, 3), (0, 1)
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    cli = flags("globo.transfer", __doc__, seeds="0,1,2", any_dataset=False)
+    cli = flags("globo.transfer", __doc__, seeds="0,1,2")
     cli.add_argument("--models", type=listed, default=["sum", "sequence"], help="that published")
     cli.add_argument("--tasks", type=listed, default=[], help="default: all")
     return cli.parse_args(argv)
+
+
+def more_targets(dataset: Dataset) -> DownstreamTraining:
+    """The pipeline's budget of a downstream model, with more targets."""
+    return replace(
+        downstream_training(dataset), max_train_targets=150_000, max_test_targets=100_000
+    )
 
 
 class TaskData:
@@ -125,31 +125,32 @@ class TaskData:
                 ]
                 for ds, day in days.items()
             }  # fmt: skip
-        self._found: dict[tuple[str, str], list[Any]] = {}
+        self._found: dict[tuple[str, str], list[Published]] = {}
 
-    def items(self, part: str, sources: Sequence[Source]) -> list[Loaded]:
-        """The batches of a part with the embeddings of `sources`; cut by moment where one of them is."""
+    def items(self, part: str, source: Source | None) -> list[Loaded]:
+        """The batches of a part with the embeddings of `source`; cut by moment where it is."""
         days = self._rows[part]
-        if any(s.per_moment for s in sources):
+        if source is None:
+            return [item for of in days.values() for item in of]
+        if source.per_moment:
             days = {
                 ds: [replace(item, batch=by_moment(item.batch)) for item in of]
                 for ds, of in days.items()
             }
-        for source in sources:
-            if (part, source.name) not in self._found:
-                found = [p for ds, of in days.items() if of for p in source.of(ds, of)]
-                self._found[part, source.name] = found
+        key = part, source.name
+        if key not in self._found:
+            self._found[key] = [p for ds, of in days.items() if of for p in source.of(ds, of)]
         batches = [item for of in days.values() for item in of]
         return [
-            replace(item, published={s.name: self._found[part, s.name][i] for s in sources})
-            for i, item in enumerate(batches)
+            replace(item, published={source.name: found})
+            for item, found in zip(batches, self._found[key], strict=True)
         ]
 
-    def comparison(self, part: str, sources: Sequence[Source], seed: int) -> Comparison:
+    def comparison(self, part: str, source: Source | None, seed: int) -> Comparison:
         """Training on the training days, scoring `part`."""
         return Comparison(
             dataset=self.dataset, task=self.task, config=self.budget, seed=seed,
-            training=self.items("train", sources), test=self.items(part, sources),
+            training=self.items("train", source), test=self.items(part, source),
         )  # fmt: skip
 
 
@@ -173,7 +174,7 @@ class Transfer:
     Args:
         lake, dataset, settings: of the rows, and where the snapshots are.
         args: of the command line.
-        split, budget: of the days, and of every training; by default `benchmarks.alone.budget`.
+        split, budget: of the days, and of every training; by default `more_targets`.
 
     Raises:
         HeadwaterError: a name is unknown, or a day was not built or published.
@@ -184,60 +185,44 @@ class Transfer:
         split: Split = SPLIT, budget: DownstreamTraining | None = None,
     ) -> None:  # fmt: skip
         self.lake, self.dataset, self.args = lake, dataset, args
-        self.split, self.budget = split, budget or budget_of(dataset)
+        self.split, self.budget = split, budget or more_targets(dataset)
         known = [t.name for t in dataset.tasks]
         check_names("--tasks", args.tasks, known)
         if not args.models:
             raise SpecError("--models is empty: name one or more that published embeddings")
         self.tasks = [dataset.task(name) for name in args.tasks or known]
-        self.reading_events = [m for m in args.models if preset(dataset, m).history]
         self.days = [ds for part in ("train", *PARTS) for ds in split.days(part)]
-        users = shown_users(lake, self.days)
-        reader = Reader(lake, users)
-        served = [Stored(reader=reader, model=m) for m in args.models]
-        raw = [
-            Stored(reader=reader, model=m, kind=EmbeddingKind.RAW, lag_days=days)
-            for m in args.models
-            for days in LAGS_DAYS
-        ]
-        snapshots = {m: Snapshots(dataset=dataset, settings=settings, model=m) for m in args.models}
-        unrounded = [Unrounded(lake=lake, snapshots=s, users=users) for s in snapshots.values()]
-        fresh = [
-            Fresh(snapshots=snapshots[m], lag_hours=hours)
-            for m in self.reading_events
-            for hours in LAGS_HOURS
-        ]
-        random = RandomSum(
-            lake=lake, dataset=dataset, users=users, first_day=shift(split.train[0], -POOLED_DAYS)
-        )
-        flag = Flag(source=served[0])
-        sources: list[Source] = [*served, *raw, *unrounded, *fresh, random, flag]
-        self.sources = {source.name: source for source in sources}
-        titles = {
-            flag.name: "context and item + whether there is a history",
-            random.name: "context and item + untrained SUM",
-            **{s.name: f"{s.model}, {s.lag_days} d" for s in raw},
-            **{s.name: f"{s.snapshots.model}, 1 d, float32" for s in unrounded},
-            **{s.name: f"{s.snapshots.model}, {s.lag_hours} h" for s in fresh},
-        }
-        alone = [
-            ArmConfig(name=name, title=title, user_features=False, sources=(name,))
-            for name, title in titles.items()
-        ]
-        self.arms = [*(a for a in arms(args.models) if len(a.sources) < 2), *alone]
-        self.pins = {name: source.pins(self.days) for name, source in self.sources.items()}
+        self.history = any(preset(dataset, model).history for model in args.models)
         self.store = Store(args.out / "transfer")
+        users = shown_users(lake, self.days)
+        read = cache(partial(read_of, lake, users))
+        served = [Stored(lake, read, model) for model in args.models]
+        self.sources: dict[str, Source] = {source.name: source for source in served}
+        self.arms = [arm for arm in arms(args.models) if len(arm.sources) < 2]
+        self.lags: list[table.Lag] = []
+        first = shift(split.train[0], -POOLED_DAYS)
+        self._alone(Flag(served[0]), "context and item + whether there is a history")
+        self._alone(RandomSum(lake, users, first_day=first), "context and item + untrained SUM")
+        for model in args.models:
+            snapshots = Snapshots(dataset=dataset, settings=settings, model=model)
+            of_age: dict[str, Source] = {}
+            if snapshots.preset.history:
+                of_age |= {f"{h} h": Fresh(snapshots, lag_hours=h) for h in LAGS_HOURS}
+            raw = partial(Stored, lake, read, model, kind=EmbeddingKind.RAW)
+            of_age |= {f"{days} d": raw(lag_days=days) for days in LAGS_DAYS}
+            of_age["1 d, float32"] = Unrounded(lake, snapshots, users)
+            for age, source in of_age.items():
+                self._alone(source, f"{model}, {age}")
+                self.lags.append(table.Lag(model, age, source.name))
+            self.lags.append(table.Lag(model, "1 d, pooled as served", f"context_{model}"))
+        self.pins = {name: source.pins(self.days) for name, source in self.sources.items()}
 
-    def lags(self) -> list[table.Lag]:
-        """The rows of the table of lags."""
-        found = []
-        for model in self.args.models:
-            fresh = LAGS_HOURS if model in self.reading_events else ()
-            found += [table.Lag(model, f"{h} h", f"{model}_{h}h") for h in fresh]
-            found += [table.Lag(model, f"{d} d", f"{model}_raw_{d}d") for d in LAGS_DAYS]
-            found.append(table.Lag(model, "1 d, float32", f"{model}_float32"))
-            found.append(table.Lag(model, "1 d, pooled as served", f"context_{model}"))
-        return found
+    def _alone(self, source: Source, title: str) -> None:
+        """An arm of context, item and `source`."""
+        self.sources[source.name] = source
+        self.arms.append(
+            ArmConfig(name=source.name, title=title, user_features=False, sources=(source.name,))
+        )
 
     def run(self) -> list[Result]:
         """What is done is read; a task whose arms are all done loads nothing."""
@@ -247,7 +232,7 @@ class Transfer:
             data = cache(
                 partial(
                     TaskData, self.lake, self.dataset, task, pins[task.name], split=self.split,
-                    budget=self.budget, history=bool(self.reading_events),
+                    budget=self.budget, history=self.history,
                 )
             )  # fmt: skip
             about = {
@@ -280,9 +265,9 @@ class Transfer:
         self, data: Callable[[], TaskData], arm: ArmConfig, seed: int
     ) -> tuple[Predictions, dict[str, Any]]:
         of, task = data(), data().task
-        sources = [self.sources[name] for name in arm.sources]
+        source = self.sources[arm.sources[0]] if arm.sources else None
         draw = seed_of("transfer", self.dataset.name, task.name, seed)
-        compared = {part: of.comparison(part, sources, draw) for part in PARTS}
+        compared = {part: of.comparison(part, source, draw) for part in PARTS}
         begun = time.monotonic()
         model = compared["test"].train(arm)
         seconds = time.monotonic() - begun
@@ -308,23 +293,22 @@ def shown_users(lake: Lake, days: Sequence[str]) -> np.ndarray:
     return np.unique(int64_ids(rows["user_id"].combine_chunks()))
 
 
+def report(transfer: Transfer) -> None:
+    """Run what is missing, print the tables, keep them."""
+    lines = table.lines(transfer.run())
+    lags = table.lag_lines(lines, transfer.lags)
+    transfer.store.write_table(table.markdown(lines, lags), {"arms": lines, "lags": lags})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing and print the tables; they are kept as `table.md` and `table.json` too."""
+    """Print the tables; they are kept as `table.md` and `table.json` too."""
     args = arguments(argv)
     dataset, settings = datasets.get("globo"), Settings.from_env()
     try:
-        transfer = Transfer(Lake(settings.lake_root, dataset), dataset, settings, args)
-        report(transfer)
+        report(Transfer(Lake(settings.lake_root, dataset), dataset, settings, args))
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def report(transfer: Transfer) -> None:
-    """Run, print and keep."""
-    lines = table.lines(transfer.run())
-    lags = table.lag_lines(lines, transfer.lags())
-    transfer.store.write_table(table.markdown(lines, lags), table.plain(lines, lags))
 
 
 if __name__ == "__main__":

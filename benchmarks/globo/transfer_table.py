@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.results import PARTS, Result, by_model, difference, interval_text
+from benchmarks.globo.results import Metric, Result, by_model, by_seed, difference, interval_text
 from jobs.training.downstream import REFERENCE
-from models.metrics import (
-    Interval,
-    finite_or_none,
-    normalized_entropy,
-    shifted_normalized_entropy,
-)
+from models.metrics import Interval, normalized_entropy, shifted_normalized_entropy
 
 CONTEXT = "context"
+_NAN = float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +69,7 @@ class LagLine:
 
 def share(gain: float, whole: float) -> float:
     """`gain` / `whole`; NaN where `whole` is no gain."""
-    return gain / whole if whole > 0 else float("nan")
+    return gain / whole if whole > 0 else _NAN
 
 
 def lines(results: Sequence[Result]) -> list[Line]:
@@ -82,74 +78,54 @@ def lines(results: Sequence[Result]) -> list[Line]:
     Raises:
         DataError: two arms were not tested on the same labels.
     """
-    found = []
-    for task in dict.fromkeys(r.tasks[0] for r in results):
-        found += _of_task(task, by_model(r for r in results if r.tasks == (task,)))
-    return found
+    tasks = dict.fromkeys(r.tasks[0] for r in results)
+    of_task = {task: by_model(r for r in results if r.tasks == (task,)) for task in tasks}
+    return [line for task, arms in of_task.items() for line in _of_task(task, arms)]
 
 
 def _of_task(task: str, arms: dict[str, list[Result]]) -> list[Line]:
     rate = arms[CONTEXT][0].facts["base_rate"]
-    ne = {
-        arm: {part: _mean(normalized_entropy, of, task, part, rate) for part in PARTS}
-        for arm, of in arms.items()
-    }
-    shifted = {arm: _mean(shifted_normalized_entropy, of, task, "test") for arm, of in arms.items()}
 
-    def less(arm: str, other: str) -> Interval:
-        return difference(arms[arm], "test", arms[other], "test", {task: rate})
+    def ne(labels: np.ndarray, predictions: np.ndarray) -> float:
+        return normalized_entropy(labels, predictions, rate)
+
+    def means(part: str, metric: Metric) -> dict[str, float]:
+        return {a: float(by_seed(of, task, part, metric).mean()) for a, of in arms.items()}
 
     def recovered(of: dict[str, float], arm: str) -> float:
         return share(of[CONTEXT] - of[arm], of[CONTEXT] - of[REFERENCE])
 
-    test = {arm: of["test"] for arm, of in ne.items()}
+    validation, test = means("validation", ne), means("test", ne)
+    shifted = means("test", shifted_normalized_entropy)
     return [
         Line(
-            task=task, arm=arm, title=of[0].facts["title"], seeds=len(of), ne=ne[arm],
-            shifted_ne=shifted[arm],
-            to_context=less(arm, CONTEXT), to_aggregates=less(arm, REFERENCE),
+            task=task, arm=arm, title=of[0].facts["title"], seeds=len(of),
+            ne={"validation": validation[arm], "test": test[arm]}, shifted_ne=shifted[arm],
+            to_context=difference(of, arms[CONTEXT], task, rate),
+            to_aggregates=difference(of, arms[REFERENCE], task, rate),
             recovered=recovered(test, arm), shifted_recovered=recovered(shifted, arm),
         )
         for arm, of in arms.items()
     ]  # fmt: skip
 
 
-def _mean(metric: Any, results: Sequence[Result], task: str, part: str, *rate: float) -> float:
-    found = [r.predictions.of(task, part) for r in results]
-    return float(np.mean([metric(p.label, p.prediction, *rate) for p in found]))
-
-
 def lag_lines(found: Sequence[Line], lags: Sequence[Lag]) -> list[LagLine]:
     """One for each task and lag."""
     out = []
     for task in dict.fromkeys(line.task for line in found):
-        gains = {line.arm: _gain(line.to_context) for line in found if line.task == task}
-        whole = {(lag.model, lag.age): gains[lag.arm].mean for lag in lags}
+        lost = {line.arm: line.to_context for line in found if line.task == task}
+        whole = {(lag.model, lag.age): -lost[lag.arm].mean for lag in lags}
         for lag in lags:
-            gain = gains[lag.arm]
+            of = lost[lag.arm]
+            gain = Interval(mean=-of.mean, low=-of.high, high=-of.low)
             out.append(
                 LagLine(
-                    task=task, model=lag.model, age=lag.age, arm=lag.arm, gain=gain,
+                    task=task, **lag._asdict(), gain=gain,
                     of_day=share(gain.mean, whole[lag.model, "1 d"]),
-                    of_fresh=share(gain.mean, whole.get((lag.model, "0 h"), float("nan"))),
+                    of_fresh=share(gain.mean, whole.get((lag.model, "0 h"), _NAN)),
                 )
             )  # fmt: skip
     return out
-
-
-def _gain(difference: Interval) -> Interval:
-    return Interval(mean=-difference.mean, low=-difference.high, high=-difference.low)
-
-
-def plain(found: Sequence[Line], lags: Sequence[LagLine]) -> dict[str, Any]:
-    """Both tables as JSON-ready values; None where a number does not exist."""
-    return {"arms": [_plain(asdict(x)) for x in found], "lags": [_plain(asdict(x)) for x in lags]}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return finite_or_none(value) if isinstance(value, float) else value
 
 
 def markdown(found: Sequence[Line], lags: Sequence[LagLine]) -> str:
@@ -168,20 +144,20 @@ def markdown(found: Sequence[Line], lags: Sequence[LagLine]) -> str:
             to_aggregates = "" if x.arm == REFERENCE else interval_text(x.to_aggregates)
             out.append(
                 f"| {x.title} | {x.ne['validation']:.4f} | {x.ne['test']:.4f} | {to_context} | "
-                f"{to_aggregates} | "
-                f"{_percent(x.recovered)} | {x.shifted_ne:.4f} | {_percent(x.shifted_recovered)} | "
-                f"{x.seeds} |"
+                f"{to_aggregates} | {_percent(x.recovered)} | {x.shifted_ne:.4f} | "
+                f"{_percent(x.shifted_recovered)} | {x.seeds} |"
             )
         out += [
             "\n| model | age of its embeddings | gain over context and item, 95 % | of that at 1 d "
             "| of that at 0 h |",
             "|---|---|---|---|---|",
         ]
-        for y in (y for y in lags if y.task == task):
-            out.append(
-                f"| {y.model} | {y.age} | {interval_text(y.gain)} | {_percent(y.of_day)} | "
-                f"{_percent(y.of_fresh)} |"
-            )
+        out += [
+            f"| {y.model} | {y.age} | {interval_text(y.gain)} | {_percent(y.of_day)} | "
+            f"{_percent(y.of_fresh)} |"
+            for y in lags
+            if y.task == task
+        ]
     return "\n".join(out).lstrip() + "\n"
 
 

@@ -10,17 +10,16 @@
     Fresh        what the day before's snapshot makes of the events that were available some hours
                  before the target: what does waiting for the night cost?
 
-Each says what it depends on (`pins`, which raises where something is missing), and gives the
-embeddings of the rows of batches. `Fresh` has one for each moment at which a row has targets, so it
-is asked about batches that `by_moment` has cut; all others have one a day.
+`Fresh` has an embedding for each moment at which a row has targets, so it is asked about batches that
+`by_moment` has cut; all others have one of each user a day.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.histories import events_of
 from feature_store.days import HOUR_US, shift
 from feature_store.embeddings import EmbeddingKind, UserEmbeddings, pooled, read_embeddings
 from feature_store.errors import SpecError
@@ -48,17 +46,19 @@ from models.batch import Batch
 from models.downstream import Published
 from models.history import visible_pairs
 
+Read = Callable[[str, str, EmbeddingKind], UserEmbeddings]  # of a model and a day
 
-class Source(Protocol):
-    """User embeddings of one kind."""
 
-    @property
-    def name(self) -> str:
-        """Letters, digits and underscores."""
+class Source:
+    """User embeddings of one kind.
 
-    @property
-    def per_moment(self) -> bool:
-        """Whether it is asked about batches that `by_moment` has cut."""
+    Attributes:
+        name: letters, digits and underscores.
+        per_moment: whether it is asked about batches that `by_moment` has cut.
+    """
+
+    name: str
+    per_moment = False
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """What the embeddings of targets shown on `days` depend on.
@@ -66,81 +66,70 @@ class Source(Protocol):
         Raises:
             HeadwaterError: a partition or a snapshot is missing.
         """
+        raise NotImplementedError
+
+    def embeddings(self, ds: str) -> UserEmbeddings:
+        """What targets shown on `ds` read, by int64 id."""
+        raise NotImplementedError
 
     def of(self, ds: str, items: Sequence[Loaded]) -> list[Published]:
-        """The embeddings of the rows of each batch; all of them were shown on `ds`."""
+        """(R, K, D) of the rows of each batch; all of them were shown on `ds`."""
+        found, out = self.embeddings(ds), []
+        for item in items:
+            values, present = found.lookup(item.batch.user_id.numpy())
+            out.append(Published(torch.from_numpy(values).float(), torch.from_numpy(present)))
+        return out
 
 
-class Reader:
-    """What was published, read once for each model, day and kind.
-
-    Args:
-        lake: of it.
-        users: (n,) int64 ids of those who are asked about; others are not kept.
-    """
-
-    def __init__(self, lake: Lake, users: np.ndarray) -> None:
-        self.lake, self.users = lake, users
-        self._read: dict[tuple[str, str, EmbeddingKind], UserEmbeddings] = {}
-
-    def read(self, model: str, ds: str, kind: EmbeddingKind) -> UserEmbeddings:
-        """Embeddings of `users`, by int64 id."""
-        key = model, ds, kind
-        if key not in self._read:
-            found = read_embeddings(self.lake, model, ds, kind)
-            ids = int64_ids(found.ids)
-            mine = np.isin(ids, self.users)
-            self._read[key] = replace(found, ids=pa.array(ids[mine]), values=found.values[mine])
-        return self._read[key]
+def read_of(
+    lake: Lake, users: np.ndarray, model: str, ds: str, kind: EmbeddingKind
+) -> UserEmbeddings:
+    """What was published, of `users`, (n,) int64 ids, alone; by int64 id."""
+    found = read_embeddings(lake, model, ds, kind)
+    ids = int64_ids(found.ids)
+    mine = np.isin(ids, users)
+    return replace(found, ids=pa.array(ids[mine]), values=found.values[mine])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored:
+class Stored(Source):
     """What `model` published `lag_days` before the target's day: made from events before the end of
     that day less `serve_delay`."""
 
-    reader: Reader
-    model: str
-    kind: EmbeddingKind = EmbeddingKind.POOLED
-    lag_days: int = 1
-    per_moment = False
-
-    @property
-    def name(self) -> str:
-        """The model's where it is what is served."""
-        served = (self.kind, self.lag_days) == (EmbeddingKind.POOLED, 1)
-        return self.model if served else f"{self.model}_{self.kind}_{self.lag_days}d"
+    def __init__(
+        self, lake: Lake, read: Read, model: str, *,
+        kind: EmbeddingKind = EmbeddingKind.POOLED, lag_days: int = 1,
+    ) -> None:  # fmt: skip
+        self.lake, self.read, self.model, self.kind, self.lag = lake, read, model, kind, lag_days
+        served = (kind, lag_days) == (EmbeddingKind.POOLED, 1)
+        self.name = model if served else f"{model}_{kind}_{lag_days}d"
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Versions of the partitions."""
-        read = [shift(ds, -self.lag_days) for ds in days]
-        return self.reader.lake.require("user_embeddings", read, self.model)
+        read = [shift(ds, -self.lag) for ds in days]
+        return self.lake.require("user_embeddings", read, self.model)
 
-    def of(self, ds: str, items: Sequence[Loaded]) -> list[Published]:
-        """(R, K, D) each."""
-        return looked_up(self.reader.read(self.model, shift(ds, -self.lag_days), self.kind), items)
+    def embeddings(self, ds: str) -> UserEmbeddings:
+        return self.read(self.model, shift(ds, -self.lag), self.kind)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flag:
+class Flag(Source):
     """Whether `source` has the user: its embeddings with every value zero."""
 
-    source: Source
     name = "flag"
-    per_moment = False
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Those of `source`."""
         return self.source.pins(days)
 
-    def of(self, ds: str, items: Sequence[Loaded]) -> list[Published]:
-        """(R, K, D) zeros each."""
-        found = self.source.of(ds, items)
-        return [Published(torch.zeros_like(p.values), p.present) for p in found]
+    def embeddings(self, ds: str) -> UserEmbeddings:
+        found = self.source.embeddings(ds)
+        return replace(found, values=np.zeros_like(found.values))
 
 
-@dataclass(frozen=True, kw_only=True)
-class RandomSum:
+class RandomSum(Source):
     """A SUM with its first weights, one draw of them, published as a trained one is: from the
     `aggregates` of the day before, in float16, pooled with the two days before that.
 
@@ -148,57 +137,46 @@ class RandomSum:
     one are by the batches that it was trained on.
 
     Args:
-        lake, dataset: of the aggregates.
+        lake: of the aggregates.
         users: (n,) int64 ids of those who are asked about.
         first_day: of the aggregates that are read.
     """
 
-    lake: Lake
-    dataset: Dataset
-    users: np.ndarray = field(repr=False)
-    first_day: str
     name = "random_sum"
-    per_moment = False
+
+    def __init__(self, lake: Lake, users: np.ndarray, *, first_day: str) -> None:
+        self.lake, self.users, self.first_day = lake, users, first_day
+        self.preset = preset(lake.dataset, "sum")
+        self._raw: dict[str, UserEmbeddings] = {}
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Versions of the partitions, and the model's shape."""
         read = sorted({day for ds in days for day in self._days(ds)})
-        return {**self.lake.require("aggregates", read), "model": to_plain(self._preset)}
+        return {**self.lake.require("aggregates", read), "model": to_plain(self.preset)}
 
-    def of(self, ds: str, items: Sequence[Loaded]) -> list[Published]:
-        """(R, K, D) each."""
-        today, *before = [self._raw(day) for day in self._days(ds)]
+    def embeddings(self, ds: str) -> UserEmbeddings:
+        for day in self._days(ds):
+            if day not in self._raw:
+                found = made(self._learner, self.lake, day, self.users)
+                self._raw[day] = replace(found, values=found.values.astype(np.float16))
+        today, *before = [self._raw[day] for day in self._days(ds)]
         mean, _ = pooled(today.ids, today.values, before)
-        return looked_up(replace(today, kind=EmbeddingKind.POOLED, values=mean), items)
+        return replace(today, kind=EmbeddingKind.POOLED, values=mean)
 
     def _days(self, ds: str) -> list[str]:
         """Newest first, as publishing pools them."""
         return [shift(ds, -i) for i in range(1, 1 + POOLED_DAYS)]
 
     @cached_property
-    def _preset(self) -> Preset:
-        return preset(self.dataset, "sum")
-
-    @cached_property
     def _learner(self) -> Learner:
-        torch.manual_seed(seed_of("init", self.dataset.name, self.name))
-        learner = Learner(self.dataset, self._preset, choose_device())
-        rows = UserRows.of(self.lake, self._preset, self.first_day)
-        _, batch = next(user_batches(self.dataset, rows.batches(self.lake, self._preset)))
+        dataset = self.lake.dataset
+        torch.manual_seed(seed_of("init", dataset.name, self.name))
+        learner = Learner(dataset, self.preset, choose_device())
+        rows = UserRows.of(self.lake, self.preset, self.first_day)
+        _, batch = next(user_batches(dataset, rows.batches(self.lake, self.preset)))
         with torch.no_grad():
             learner.model.train().user_embeddings(batch.to(learner.device))
         return learner
-
-    @cached_property
-    def _made(self) -> dict[str, UserEmbeddings]:
-        return {}
-
-    def _raw(self, ds: str) -> UserEmbeddings:
-        """Of those of `users` who have aggregates of `ds`."""
-        if ds not in self._made:
-            found = made(self._learner, self.lake, ds, self.users)
-            self._made[ds] = replace(found, values=found.values.astype(np.float16))
-        return self._made[ds]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,19 +211,18 @@ class Snapshots:
         return Checkpoints(home.parent)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unrounded:
-    """What a model published the day before its target's, raw, in float32: made again by its snapshot."""
+class Unrounded(Source):
+    """What a model published the day before its target's, raw, in float32: made again by its snapshot.
 
-    lake: Lake
-    snapshots: Snapshots
-    users: np.ndarray = field(repr=False)
-    per_moment = False
+    Args:
+        lake, snapshots: of the model.
+        users: (n,) int64 ids of those who are asked about.
+    """
 
-    @property
-    def name(self) -> str:
-        """The model's and the type."""
-        return f"{self.snapshots.model}_float32"
+    def __init__(self, lake: Lake, snapshots: Snapshots, users: np.ndarray) -> None:
+        self.lake, self.snapshots, self.users = lake, snapshots, users
+        self.name = f"{snapshots.model}_float32"
+        self._made: dict[str, UserEmbeddings] = {}
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Snapshots by day, and versions of the partitions."""
@@ -253,21 +230,15 @@ class Unrounded:
         rows = [UserRows.of(self.lake, self.snapshots.preset, ds).inputs for ds in before]
         return {**self.snapshots.pins(before), **{k: v for of in rows for k, v in of.items()}}
 
-    def of(self, ds: str, items: Sequence[Loaded]) -> list[Published]:
-        """(R, K, D) each."""
+    def embeddings(self, ds: str) -> UserEmbeddings:
         before = shift(ds, -1)
-        if before not in self._made:
+        if ds not in self._made:
             learner = self.snapshots.learner(before)
-            self._made[before] = made(learner, self.lake, before, self.users)
-        return looked_up(self._made[before], items)
-
-    @cached_property
-    def _made(self) -> dict[str, UserEmbeddings]:
-        return {}
+            self._made[ds] = made(learner, self.lake, before, self.users)
+        return self._made[ds]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fresh:
+class Fresh(Source):
     """What the snapshot of the day before makes of the events that were available `lag_hours` before
     the target's `as_of`. That snapshot was trained on prefixes that end at midnight less `serve_delay`.
 
@@ -275,20 +246,15 @@ class Fresh:
         SpecError: the model does not read events.
     """
 
-    snapshots: Snapshots
-    lag_hours: int
     per_moment = True
 
-    def __post_init__(self) -> None:
-        if not self.snapshots.preset.history:
+    def __init__(self, snapshots: Snapshots, *, lag_hours: int) -> None:
+        if not snapshots.preset.history:
             raise SpecError(
-                f"Fresh.snapshots are of {self.snapshots.model!r}, which reads no events: name another"
+                f"Fresh.snapshots are of {snapshots.model!r}, which reads no events: name another"
             )
-
-    @property
-    def name(self) -> str:
-        """The model's and the hours."""
-        return f"{self.snapshots.model}_{self.lag_hours}h"
+        self.snapshots, self.lag_us = snapshots, lag_hours * HOUR_US
+        self.name = f"{snapshots.model}_{lag_hours}h"
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Snapshots by day."""
@@ -304,7 +270,7 @@ class Fresh:
         # what is known of pairs of items is read by no user embedding, and costs the most
         batch = replace(item.rows, together=None).batch(item.lo, item.hi)
         row, as_of, _ = moments(batch)
-        at = as_of - self.lag_hours * HOUR_US
+        at = as_of - self.lag_us
         seen = available_before(batch, row, at).to(learner.device)
         end = seen.event_offsets.diff()
         model = learner.model.eval()
@@ -324,15 +290,6 @@ def made(learner: Learner, lake: Lake, ds: str, users: np.ndarray) -> UserEmbedd
     )  # fmt: skip
 
 
-def looked_up(found: UserEmbeddings, items: Sequence[Loaded]) -> list[Published]:
-    """What `found`, which is by int64 id, has of the users of each batch's rows."""
-    out = []
-    for item in items:
-        values, present = found.lookup(item.batch.user_id.numpy())
-        out.append(Published(torch.from_numpy(values).float(), torch.from_numpy(present)))
-    return out
-
-
 def moments(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The M instants at which rows have targets: row (M,), as_of (M,) and each target's moment (T,)."""
     row, as_of = batch.row_of_target, batch.as_of
@@ -343,18 +300,17 @@ def moments(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def by_moment(batch: Batch) -> Batch:
     """The same targets in M rows, one for each moment, without events and user features."""
     row, _, of_target = moments(batch)
-    sizes = torch.bincount(of_target, minlength=len(row))
     return replace(
         batch,
         user_id=batch.user_id[row],
         row_of_target=of_target,
-        target_offsets=F.pad(sizes.cumsum(0), (1, 0)),
+        target_offsets=F.pad(torch.bincount(of_target, minlength=len(row)).cumsum(0), (1, 0)),
         history_end=torch.zeros_like(of_target),
         has_aggregates=torch.zeros(len(row)),
         user_ids={},
         sparse={},
         dense=torch.zeros(len(row), 0),
-        **events_of(batch, of_target[:0], torch.zeros_like(row)),
+        **_events_of(batch, of_target[:0], torch.zeros_like(row)),
     )
 
 
@@ -368,5 +324,17 @@ def available_before(batch: Batch, row: Tensor, at: Tensor) -> Batch:
         user_id=batch.user_id[row],
         row_of_target=row[:0],
         target_offsets=torch.zeros(len(row) + 1, dtype=torch.int64),
-        **events_of(batch, pairs.event[known], sizes),
+        **_events_of(batch, pairs.event[known], sizes),
     )
+
+
+def _events_of(batch: Batch, event: Tensor, sizes: Tensor) -> dict[str, Any]:
+    """The fields of a batch whose rows have `sizes` (R,) of the events `event`, row by row."""
+    return {
+        "event_offsets": F.pad(sizes.cumsum(0), (1, 0)),
+        "event_stream": batch.event_stream[event],
+        "event_time": batch.event_time[event],
+        "event_available": batch.event_available[event],
+        "event_ids": {k: v[event] for k, v in batch.event_ids.items()},
+        "event_floats": {k: v[event] for k, v in batch.event_floats.items()},
+    }

@@ -10,9 +10,8 @@ those, and holds out the test items only. It also filters no more than the windo
 items; rows 'window filtered' are so, and a little lower.
 
 Inputs are those of HSTU's public code: items, their times, and the time at which the next one is
-asked for (`--no-asked` leaves that out); `--ratings` adds what it leaves out, past ratings.
-The state of a run is replaced after each epoch: the same command goes on where it was. Writes
-`result.json` into --out. On a GPU in bfloat16 with the Triton kernel, else on --threads threads.
+asked for (`--no-asked` leaves that out). Writes `result.json` into --out. On a GPU in bfloat16 with
+the Triton kernel, else on --threads threads.
 """
 
 from __future__ import annotations
@@ -21,16 +20,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from benchmarks.flags import parser
 from benchmarks.movielens.data import REBUILT_USER, TEST, VALIDATION, Log, read
 from benchmarks.movielens.model import ModelConfig
 from benchmarks.movielens.training import TrainConfig, Training, metrics, rank_held_out
@@ -54,79 +52,31 @@ REBUILT = (
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
-    model, train = ModelConfig(), TrainConfig()
-    cli = argparse.ArgumentParser(
-        prog="python -m benchmarks.movielens",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    cli = parser("movielens", __doc__)
     cli.add_argument("--source", type=Path, required=True, help="folder of ratings.dat[.gz]")
     cli.add_argument("--out", type=Path, help="default: var/movielens/<encoder>-<seed>")
-    cli.add_argument("--encoder", choices=[e.value for e in Encoder], default=model.encoder)
-    cli.add_argument("--layers", type=int, default=model.layers)
-    cli.add_argument("--width", type=int, default=model.width)
-    cli.add_argument("--head-dim", type=int, default=model.head_dim)
-    cli.add_argument("--window", type=int, default=model.window, help="most inputs of a user")
-    cli.add_argument("--dropout", type=float, default=model.dropout)
-    cli.add_argument("--temperature", type=float, default=model.temperature)
-    cli.add_argument("--ratings", action="store_true", help="past ratings are inputs too")
+    cli.add_argument("--encoder", type=Encoder, choices=list(Encoder), default=Encoder.HSTU)
     cli.add_argument(
         "--asked",
         action=argparse.BooleanOptionalAction,
-        default=model.asked,
+        default=True,
         help="the time at which an item is asked for is an input",
     )
-    cli.add_argument("--epochs", type=int, default=train.epochs)
-    cli.add_argument("--users", type=int, default=train.users, help="of a batch")
-    cli.add_argument("--rate", type=float, default=train.rate, help="highest learning rate")
-    cli.add_argument("--decay", type=float, default=train.decay, help="weight decay")
-    cli.add_argument("--average", type=float, default=train.average, help="of weights, per step")
-    cli.add_argument("--patience", type=int, default=train.patience, help="evaluations")
-    cli.add_argument("--every", type=int, default=train.every, help="epochs between evaluations")
-    cli.add_argument("--seed", type=int, default=train.seed)
+    cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--refit", action="store_true", help="train on the validation items as well")
-    cli.add_argument(
-        "--device",
-        choices=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    cli.add_argument("--device", choices=devices, default=devices[0])
     cli.add_argument("--threads", type=int, default=1)
     return cli.parse_args(argv)
 
 
-def config_of(args: argparse.Namespace) -> TrainConfig:
-    """The configuration that the arguments name."""
-    given = vars(args)
-    model = ModelConfig(**{name: given[name] for name in asdict(ModelConfig())})
-    rest = [name for name in asdict(TrainConfig()) if name != "model"]
-    return TrainConfig(model=model, **{name: given[name] for name in rest})
-
-
-def fit(training: Training, epochs: int, console: Console, title: str) -> None:
-    """Train with a bar on a terminal and a line per epoch anywhere."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+def said(title: str, record: Mapping[str, float]) -> None:
+    """A line of progress for an epoch."""
+    found = "".join(f"  {name} {record[name]:.4f}" for name in SHOWN if name in record)
+    print(
+        f"{title} epoch {record['epoch']:3}  loss {record['loss']:.4f}  {record['seconds']:.0f} s{found}",
+        flush=True,
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=training.users)
-
-        def step(users: int, loss: float) -> None:
-            bar.update(task, advance=users, description=f"{title} loss {loss:.3f}")
-
-        def report(record: Mapping[str, float]) -> None:
-            found = "".join(f"  {name} {record[name]:.4f}" for name in SHOWN if name in record)
-            console.print(
-                f"{title} epoch {record['epoch']:3} of {epochs}  loss {record['loss']:.4f}"
-                f"  {record['seconds']:.0f} s{found}"
-            )
-            bar.reset(task)
-
-        if training.history and not training.done(epochs):
-            console.print(f"{title} goes on after epoch {len(training.history)}")
-        training.run(epochs, step=step, report=report)
 
 
 def tested(training: Training, log: Log) -> dict[str, dict[str, float]]:
@@ -141,75 +91,60 @@ def tested(training: Training, log: Log) -> dict[str, dict[str, float]]:
     return found
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(log: Log, config: TrainConfig, *, refit: bool) -> dict[str, Any]:
     """Select, test, and where asked refit and test; what `result.json` holds."""
-    config = config_of(args)
-    log = read(args.source).to(torch.device(args.device))
-    out = args.out or Path(os.environ.get("HEADWATER_HOME", "var")) / "movielens" / (
-        f"{args.encoder}-{args.seed}"
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    console.print(
-        f"{len(log.user):,} users, {log.items:,} items, {len(log.item):,} interactions; "
-        f"state in {out}"
-    )
-    if log.rebuilt:
-        console.print(REBUILT)
-    select = Training(log, config, held_out=VALIDATION, path=out / "select.pt")
-    fit(select, config.epochs, console, "select")
+    select = Training(log, config, held_out=VALIDATION)
+    select.run(config.epochs, report=partial(said, "select"))
     best = {k: v for k, v in select.best.items() if k != "weights"}
     select.averaged.load_state_dict(select.best["weights"])
-    result = {
+    found = {"validation": {k: best[k] for k in ("users", *SHOWN)}, **tested(select, log)}
+    if refit:
+        again = Training(log, config, held_out=TEST)
+        again.run(best["epoch"], report=partial(said, "refit"))
+        found |= {f"refit, {name}": value for name, value in tested(again, log).items()}
+    return {
         "config": asdict(config),
-        "device": args.device,
+        "device": log.item.device.type,
         "epoch": best["epoch"],
         "seconds_per_epoch": sum(r["seconds"] for r in select.history) / len(select.history),
-        "metrics": {"validation": {k: best[k] for k in ("users", *SHOWN)}, **tested(select, log)},
+        "metrics": found,
         "published": PUBLISHED,
         "timestamps": REBUILT if log.rebuilt else "as in the file",
         "history": select.history,
     }
-    write(result, out)
-    if args.refit:
-        refit = Training(log, config, held_out=TEST, path=out / "refit.pt")
-        fit(refit, best["epoch"], console, "refit")
-        found = tested(refit, log)
-        result["metrics"] |= {f"refit, {name}": value for name, value in found.items()}
-        write(result, out)
-    return result
 
 
-def write(result: Mapping[str, Any], out: Path) -> None:
-    """Replace `result.json` in one step."""
-    write_atomically(out / "result.json", json.dumps(result, indent=1).encode())
-
-
-def table(result: Mapping[str, Any]) -> Table:
+def table(result: Mapping[str, Any]) -> str:
     """Our figures, and the published ones below."""
-    model = result["config"]["model"]
-    ours = f"{model['encoder']}, {model['layers']} layers, {model['width']} wide"
-    shown = Table(title=f"MovieLens-1M, {ours}, best epoch {result['epoch']}")
-    shown.add_column("")
-    for name in SHOWN:
-        shown.add_column(name.upper(), justify="right")
-    for name, row in {**result["metrics"], **result["published"]}.items():
-        shown.add_row(name, *(f"{row[m]:.4f}" if m in row else "" for m in SHOWN))
-    return shown
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return f"{name:40}" + "".join(f"{cell:>9}" for cell in cells)
+
+    rows = {**result["metrics"], **result["published"]}
+    return "\n".join(
+        [line(f"best epoch {result['epoch']}", (name.upper() for name in SHOWN))]
+        + [line(n, (f"{r[m]:.4f}" if m in r else "" for m in SHOWN)) for n, r in rows.items()]
+    )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run, print the table. Exit code 2: something a person can mend."""
-    args = arguments()
+    args = arguments(argv)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
-    console = Console(highlight=False, soft_wrap=True)
+    home = Path(os.environ.get("HEADWATER_HOME", "var"))
+    out = args.out or home / "movielens" / f"{args.encoder}-{args.seed}"
+    model = ModelConfig(encoder=args.encoder, asked=args.asked)
     try:
-        result = run(args, console)
+        log = read(args.source).to(torch.device(args.device))
+        print(f"{len(log.user):,} users, {log.items:,} items, {len(log.item):,} interactions")
+        result = run(log, TrainConfig(model=model, seed=args.seed), refit=args.refit)
     except HeadwaterError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    console.print(table(result))
-    console.print(f"timestamps: {result['timestamps']}")
+        raise SystemExit(2) from error
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "result.json", json.dumps(result, indent=1).encode())
+    print(f"{table(result)}\ntimestamps: {result['timestamps']}")
 
 
 if __name__ == "__main__":

@@ -41,12 +41,11 @@ _FILE, _COLUMNS = "ratings.dat", ("UserID", "MovieID", "Rating", "Timestamp")
 class Batch(NamedTuple):
     """What the model reads; the encoders of `models` read the last three fields and `rows`, `events`.
 
-    item, stars, target: (N,) int64. asked: (N,) int64 microseconds, when the target happened.
+    item, target: (N,) int64. asked: (N,) int64 microseconds, when the target happened.
     event_time: (N,) int64 microseconds. event_offsets: (R+1,) int64.
     """
 
     item: Tensor
-    stars: Tensor
     target: Tensor
     asked: Tensor
     event_time: Tensor
@@ -71,7 +70,6 @@ class Log:
         user: (U,) int64, their ids in the file, ascending.
         offsets: (U+1,) int64, where each user's interactions start.
         item: (I,) int64, 0 up to `items` - 1 in the order of the file's movie ids.
-        stars: (I,) int64, 1 to 5.
         time: (I,) int64, microseconds.
         items: the catalogue, every movie that was rated.
         rebuilt: whether this is the copy of which 15.5 % of the timestamps were interpolated.
@@ -80,14 +78,13 @@ class Log:
     user: Tensor
     offsets: Tensor
     item: Tensor
-    stars: Tensor
     time: Tensor
     items: int
     rebuilt: bool
 
     def to(self, device: torch.device) -> Log:
         """The same log on `device`."""
-        names = ("user", "offsets", "item", "stars", "time")
+        names = ("user", "offsets", "item", "time")
         moved = {name: getattr(self, name).to(device) for name in names}
         return Log(**moved, items=self.items, rebuilt=self.rebuilt)
 
@@ -98,7 +95,6 @@ class Log:
         at = torch.arange(len(shift), device=shift.device) + shift
         return Batch(
             item=self.item[at],
-            stars=self.stars[at],
             target=self.item[at + 1],
             asked=self.time[at + 1],
             event_time=self.time[at],
@@ -166,7 +162,6 @@ def read(source: Path) -> Log:
         user=torch.from_numpy(user),
         offsets=F.pad(torch.from_numpy(count).cumsum(0), (1, 0)),
         item=torch.from_numpy(item.astype(np.int64)),
-        stars=torch.tensor(table.Rating.to_numpy()),
         time=torch.tensor(table.Timestamp.to_numpy()) * 1_000_000,
         items=len(movies),
         rebuilt=hashlib.sha256(raw).hexdigest() == _REBUILT,

@@ -6,7 +6,6 @@ Shapes: N events, E their width, V items.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.movielens.data import Batch
-from feature_store.errors import HeadwaterError
 from models.attention_inputs import RECENCY_BUCKETS, recency_bucket
 from models.encoders import Encoder, layer
 from models.event import event_positions
 
-_STARS = 6  # 1 to 5; 0 is never used
 _INIT = 0.02
-
-
-def refuse(config: Any, rules: Mapping[str, tuple[bool, str]]) -> None:
-    """Raises HeadwaterError for the first field whose rule does not hold."""
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise HeadwaterError(f"{name} is {getattr(config, name)}: give a value that is {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,38 +31,25 @@ class ModelConfig:
     window: most inputs that a user has.
     dropout: of the inputs and of what each layer adds.
     temperature: cosines are divided by it.
-    ratings: past ratings are inputs, which HSTU's public code leaves out.
     asked: the time at which the next item is asked for is an input, as in HSTU's public code, where
         the time bias of a query is by the age of a key then.
     """
 
-    encoder: str = Encoder.HSTU.value
+    encoder: Encoder = Encoder.HSTU
     layers: int = 4
     width: int = 64
     head_dim: int = 32
     window: int = 200
     dropout: float = 0.2
     temperature: float = 0.05
-    ratings: bool = False
     asked: bool = True
-
-    def __post_init__(self) -> None:
-        rules = {
-            "width": (self.width % max(self.head_dim, 1) == 0, "a multiple of head_dim"),
-            "head_dim": (self.head_dim > 0, "above 0"),
-            "layers": (self.layers >= 0, "0 or more"),
-            "window": (self.window > 0, "above 0"),
-            "dropout": (0 <= self.dropout < 1, "0 or more and below 1"),
-            "temperature": (self.temperature > 0, "above 0"),
-        }
-        refuse(self, rules)
 
 
 class Recommender(nn.Module):
     """Events to what may come next: a direction (N, E) that is compared with the items' by cosine.
 
     An event is its item, its place in the window and, where asked for, how long after it the next
-    item was wanted and its rating. Items have one embedding, in and out.
+    item was wanted. Items have one embedding, in and out.
     """
 
     def __init__(self, config: ModelConfig, items: int) -> None:
@@ -82,13 +59,10 @@ class Recommender(nn.Module):
         self.position = nn.Embedding(config.window, config.width)
         if config.asked:
             self.wait = nn.Embedding(RECENCY_BUCKETS, config.width)
-        if config.ratings:
-            self.stars = nn.Embedding(_STARS, config.width)
         for table in self.children():
             nn.init.normal_(table.weight, std=_INIT)
         self.layers = nn.ModuleList(
-            layer(Encoder(config.encoder), config.width, config.head_dim)
-            for _ in range(config.layers)
+            layer(config.encoder, config.width, config.head_dim) for _ in range(config.layers)
         )
         self.dropout = nn.Dropout(config.dropout)
 
@@ -98,8 +72,6 @@ class Recommender(nn.Module):
         events = events + self.position(event_positions(batch))
         if self.config.asked:
             events = events + self.wait(recency_bucket(batch.asked - batch.event_time))
-        if self.config.ratings:
-            events = events + self.stars(batch.stars)
         events = self.dropout(events)
         for encode in self.layers:
             events = events + self.dropout(encode(events, batch) - events)

@@ -1,22 +1,20 @@
-"""Training, ranking and the state of a run on disk, which is all that it needs to go on."""
+"""Training and ranking."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.movielens.data import VALIDATION, Batch, Log
-from benchmarks.movielens.model import ModelConfig, Recommender, catalogue_loss, refuse
+from benchmarks.movielens.model import ModelConfig, Recommender, catalogue_loss
 from feature_store.errors import HeadwaterError
-from jobs.training.checkpoints import replacing
 
 _CHUNK = {"cpu": 256, "cuda": 8192}
 _EVALUATED = 256  # users at a time
@@ -30,7 +28,6 @@ class TrainConfig:
     epochs: at most; the learning rate falls to zero at their end, by a cosine.
     users: of a batch, a window of each; an epoch has a window of every user.
     rate: highest learning rate, reached after the first epoch.
-    decay: weight decay.
     average: of the weights that are evaluated, an exponential moving average over steps.
     patience: evaluated epochs without a better one, after which training stops.
     every: epochs between two evaluations.
@@ -41,15 +38,10 @@ class TrainConfig:
     epochs: int = 16
     users: int = 32
     rate: float = 2e-3
-    decay: float = 0.0
     average: float = 0.99
     patience: int = 3
     every: int = 2
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = {n: (getattr(self, n) > 0, "above 0") for n in ("epochs", "users", "every")}
-        refuse(self, {**counts, "rate": (self.rate >= 0, "0 or more")})
 
 
 def ranks(scores: Tensor, target: Tensor, seen: tuple[Tensor, Tensor]) -> Tensor:
@@ -109,58 +101,41 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Training:
-    """A model being trained, epoch by epoch; its file holds the last finished one.
+    """A model being trained, epoch by epoch.
 
     Args:
         log: on the device to train on.
         config: how.
         held_out: `VALIDATION` trains on nothing held out and looks for the best epoch; `TEST`
             trains on the validation items too.
-        path: its file; a run that is there already goes on.
 
-    Raises:
-        HeadwaterError: the file is of another configuration.
+    Attributes:
+        averaged: the model with the weights that are evaluated.
+        history: a record of each epoch.
+        best: that of the best by the validation items, with its "weights".
     """
 
-    def __init__(self, log: Log, config: TrainConfig, *, held_out: int, path: Path) -> None:
-        self.log, self.config, self.held_out, self.path = log, config, held_out, path
+    def __init__(self, log: Log, config: TrainConfig, *, held_out: int) -> None:
+        self.log, self.config, self.held_out = log, config, held_out
         device = log.item.device
         torch.manual_seed(config.seed)
         self.model = Recommender(config.model, log.items).to(device)
         self.averaged = Recommender(config.model, log.items).to(device)
         self.averaged.load_state_dict(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.rate, betas=(0.9, 0.98), weight_decay=config.decay
+            self.model.parameters(), lr=config.rate, betas=(0.9, 0.98), weight_decay=0.0
         )
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
-        if path.exists():
-            self._resume()
 
-    @property
-    def users(self) -> int:
-        """U."""
-        return len(self.log.user)
-
-    def done(self, epochs: int) -> bool:
-        """Whether all epochs are trained, or none of the last ones was better."""
-        trained = len(self.history)
-        waited = trained - self.best.get("epoch", trained)
-        return trained >= epochs or waited >= self.config.patience * self.config.every
-
-    def run(
-        self, epochs: int, *, step: Callable[[int, float], None], report: Callable[..., None]
-    ) -> None:
-        """Train what is left of `epochs`.
-
-        Args:
-            step: called with the users and the loss of each batch.
-            report: called with the record of each epoch.
-        """
-        while not self.done(epochs):
+    def run(self, epochs: int, *, report: Callable[[dict[str, float]], None]) -> None:
+        """Train `epochs`, or until none of the last ones was better; `report` gets each one's record."""
+        patience = self.config.patience * self.config.every
+        for epoch in range(1, epochs + 1):
+            if epoch - 1 - self.best.get("epoch", epoch - 1) >= patience:
+                break
             begun = time.monotonic()
-            epoch = len(self.history) + 1
-            record: dict[str, float] = {"epoch": epoch, "loss": self._epoch(epoch, step)}
+            record: dict[str, float] = {"epoch": epoch, "loss": self._epoch(epoch)}
             record["seconds"] = time.monotonic() - begun
             due = epoch % self.config.every == 0 or epoch == self.config.epochs
             if self.held_out == VALIDATION and due:
@@ -169,33 +144,23 @@ class Training:
                     weights = {k: v.clone() for k, v in self.averaged.state_dict().items()}
                     self.best = {**record, "weights": weights}
             self.history.append(record)
-            self._save()
             report(record)
 
-    def _epoch(self, epoch: int, step: Callable[[int, float], None]) -> float:
-        """Mean loss of a window of every user. Random by (seed, epoch): a resumed run is the same."""
+    def _epoch(self, epoch: int) -> float:
+        """Mean loss of a window of every user."""
         seed = self.config.seed * 100_003 + epoch
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         self.model.train()
+        order = torch.randperm(len(self.log.user), generator=generator).to(self.log.item.device)
+        batches = order.split(self.config.users)
         losses: list[float] = []
-        for users in self._batches(generator):
+        for users in batches:
             batch = self.log.training_batch(
                 users, held_out=self.held_out, window=self.config.model.window, generator=generator
             )
-            loss = self._step(batch, epoch - 1 + (len(losses) + 1) / self.steps)
-            losses.append(loss)
-            step(len(users), loss)
+            losses.append(self._step(batch, epoch - 1 + (len(losses) + 1) / len(batches)))
         return sum(losses) / len(losses)
-
-    @property
-    def steps(self) -> int:
-        """Batches of an epoch."""
-        return -(-self.users // self.config.users)
-
-    def _batches(self, generator: torch.Generator) -> Iterator[Tensor]:
-        order = torch.randperm(self.users, generator=generator).to(self.log.item.device)
-        yield from order.split(self.config.users)
 
     def _step(self, batch: Batch, progress: float) -> float:
         """One step at `progress` epochs."""
@@ -210,7 +175,7 @@ class Training:
         value = loss.item()
         if not math.isfinite(value):
             raise HeadwaterError(
-                f"loss is {value}: training diverged; lower --rate, now {self.config.rate}"
+                f"loss is {value}: training diverged; lower TrainConfig.rate, now {self.config.rate}"
             )
         self.optimizer.zero_grad()
         loss.backward()
@@ -223,33 +188,6 @@ class Training:
                 list(self.averaged.parameters()), list(self.model.parameters()), share
             )
         return value
-
-    def _save(self) -> None:
-        """Replace the file in one step."""
-        state = {
-            "config": asdict(self.config),
-            "held_out": self.held_out,
-            "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "history": self.history,
-            "best": self.best,
-        }
-        with replacing(self.path) as staging:
-            torch.save(state, staging)
-
-    def _resume(self) -> None:
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        mine = {"config": asdict(self.config), "held_out": self.held_out}
-        if {k: state[k] for k in mine} != mine:
-            raise HeadwaterError(
-                f"out is {str(self.path.parent)!r}: it holds a run of another configuration, "
-                f"{state['config']}; name another --out, or empty that one"
-            )
-        self.model.load_state_dict(state["model"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.history, self.best = state["history"], state["best"]
 
 
 def schedule(progress: float, epochs: int) -> float:

@@ -4,7 +4,7 @@ Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024: 
 bring every singular value of the momentum near 1, so that a direction which few labels speak for is learned
 as fast as one that all do. `torch.optim.Muon` iterates in bfloat16 and has no other way. On a CPU that
 multiplies no bfloat16 this takes 33 times as long as float32, many times the rest of a training, and on one
-that does (AVX-512) still three times (`benchmarks/muon.py`).
+that does (AVX-512) still three times (docs/decisions.md).
 """
 
 from __future__ import annotations

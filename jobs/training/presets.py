@@ -206,7 +206,7 @@ def _with_shift(bases: Mapping[str, Factory]) -> dict[str, Factory]:
 
 
 _DOWNSTREAM = {
-    # interests move from day to day there, and the mean over three days dulls them (docs/results.md)
+    # interests move from day to day there, and the mean over three days dulls them (docs/decisions.md)
     "simulated": DownstreamTraining(kind=EmbeddingKind.RAW),
     # chosen on 12 October, after training on 8 to 11; topics as upstream
     "globo": DownstreamTraining(

@@ -8,29 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from benchmarks.globo import compare, lightgbm_peer, table
+from benchmarks.globo import lightgbm_peer, table
 from benchmarks.globo.compare import Comparison, arguments
-from benchmarks.globo.data import WINDOW, Flat, concat, flat_day, flatten
-from benchmarks.globo.encoded import Batches, Encoder, Pad
-from benchmarks.globo.fuxictr_peers import FuxiCtr
-from benchmarks.ours import Ours
-from benchmarks.results import (
-    Predictions,
-    Result,
-    Store,
-    difference,
-    interval_text,
-    mean_ne,
-    trial,
-)
-from benchmarks.split import Split, rows_of, shown_on
+from benchmarks.globo.data import Flat, concat, flat_day, flatten
+from benchmarks.globo.lightgbm_peer import trial
+from benchmarks.globo.results import Predictions, Store, by_seed, difference, interval_text
+from benchmarks.globo.split import Split, base_rates, rows_of, shown_on
 from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
 from feature_store.tables import NO_LABEL
-from models import encoders
-from models.metrics import calibration, logloss
+from models.metrics import calibration, logloss, normalized_entropy
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
@@ -62,21 +50,19 @@ def test_summaries_are_those_of_the_visible_events_with_an_item(lake) -> None:
         row, end = int(batch.row_of_target[t]), int(batch.history_end[t])
         start = int(batch.event_offsets[row])
         events = range(start, start + end)
-        assert (rows.events["available"][start : start + end] < flat.as_of[t]).all()
+        as_of = int(batch.as_of[t])
+        assert (rows.events["available"][start : start + end] < as_of).all()
         known = [(n, e) for n, e in enumerate(events) if batch.event_ids["ad"][e] != -1]
         ads = [int(batch.event_ids["ad"][e]) for _, e in known]
         numbers = batch.pair_numbers[pair : pair + end].numpy()[[n for n, _ in known]]
         pair += end
-        kept = range(flat.start[t], flat.end[t])
-        assert flat.events["ad"][kept].tolist() == ads[-WINDOW:]
-        assert (flat.events["time"][kept] < flat.as_of[t]).all()
         if not known:
             assert np.isnan(column(flat, "distance_min")[t])
             continue
         seen += 1
         far = sorted(abs(int(batch.item_id[t]) - a) for a in ads)
         signed = int(batch.item_id[t]) - ads[-1]
-        minutes = [(flat.as_of[t] - int(batch.event_time[e])) / 6e7 for _, e in known]
+        minutes = [(as_of - int(batch.event_time[e])) / 6e7 for _, e in known]
         wanted = {
             "distance_newest_signed": signed,
             "distance_min": far[0],
@@ -108,8 +94,9 @@ def compare_names() -> tuple[str, ...]:
 def test_what_became_available_later_changes_nothing(lake) -> None:
     rows = decoded(lake)
     clean = flatten(SPEC, rows, 0, len(rows))
+    as_of = rows.batch(0, len(rows)).as_of.numpy()
     for t in range(0, len(clean), 9):
-        later = rows.events["available"] >= clean.as_of[t]
+        later = rows.events["available"] >= as_of[t]
         assert later.any()
         events = {
             name: np.where(later.reshape(-1, *[1] * (v.ndim - 1)), 3, v).astype(v.dtype)
@@ -120,9 +107,6 @@ def test_what_became_available_later_changes_nothing(lake) -> None:
         events["time"] = np.where(later, events["time"] + 10**9, events["time"])
         found = flatten(SPEC, replace(rows, events=events), 0, len(rows))
         np.testing.assert_array_equal(found.numbers[t], clean.numbers[t])
-        for name, of in found.events.items():
-            mine = of[found.start[t] : found.end[t]]
-            assert mine.tolist() == clean.events[name][clean.start[t] : clean.end[t]].tolist()
 
 
 def test_labels_are_those_of_the_day_shown_however_late_they_came(lake) -> None:
@@ -141,6 +125,16 @@ def test_labels_are_those_of_the_day_shown_however_late_they_came(lake) -> None:
     assert (last.label("buy") == NO_LABEL).all() and (last.label("click") != NO_LABEL).all()
 
 
+def test_base_rates_are_of_the_labels_of_what_the_days_showed(lake) -> None:
+    shown = [r for ds in DAYS[1:3] for r in lake.rows["impressions"][ds].to_pylist()]
+    found = base_rates(lake, SPEC, DAYS[1:3], ["click", "buy"])
+    for task, label in (("click", "label__clicked"), ("buy", "label__bought")):
+        assert found[task] == pytest.approx(np.mean([r[label] for r in shown]))
+    with pytest.raises(DataError, match="buy has no label"):  # its answers come a day later
+        base_rates(lake, SPEC, [DAYS[-1]], ["click", "buy"])
+    assert list(base_rates(lake, SPEC, [DAYS[-1]], ["click"])) == ["click"]
+
+
 def test_a_day_is_computed_once_for_the_same_inputs(lake, tmp_path: Path, monkeypatch) -> None:
     first = flat_day(lake, SPEC, DAYS[4], share=1.0, folder=tmp_path)
     less = flat_day(lake, SPEC, DAYS[4], share=0.5, folder=tmp_path)
@@ -154,50 +148,12 @@ def test_a_day_is_computed_once_for_the_same_inputs(lake, tmp_path: Path, monkey
         flat_day(lake, SPEC, DAYS[4], share=1.0, folder=tmp_path)
 
 
-def test_days_join_and_each_target_keeps_its_events(lake) -> None:
+def test_days_join_in_order(lake) -> None:
     parts = [flatten(SPEC, decoded(lake, ds), 0, 4) for ds in DAYS[3:6]]
     whole = concat(parts)
-    before = 0
-    for part in parts:
-        for t in range(len(part)):
-            mine = slice(whole.start[before + t], whole.end[before + t])
-            theirs = slice(part.start[t], part.end[t])
-            assert whole.events["ad"][mine].tolist() == part.events["ad"][theirs].tolist()
-        before += len(part)
-
-
-@pytest.mark.parametrize("pad", list(Pad))
-@pytest.mark.parametrize("trim", [True, False])
-def test_padded_sequences_hold_the_newest_events_oldest_first(lake, pad: Pad, trim: bool) -> None:
-    rows = decoded(lake)
-    flat = flatten(SPEC, rows, 0, len(rows))
-    encoder = Encoder.fit(flat, {"ad": "item", "category": "category"}, least=1)
-    encoded = encoder.encode(flat, "click")
-    known, window, seen = encoder.vocabularies["item"], 5, 0
-    batches = Batches(encoded, size=16, window=window, pad=pad, trim=trim, seed=3)
-    for batch in batches:
-        ads = batch["seq_ad"]
-        assert ads.shape[1] <= window if trim else ads.shape[1] == window
-        assert ((ads == 0) == (batch["seq_age"] == 0)).all()
-        seen += len(ads)
-    assert seen == len(flat) and len(list(batches)) == len(batches)
-    found = encoded.columns(torch.arange(len(flat)), window, pad, trim=trim)
-    for t in range(len(flat)):
-        visible = flat.events["ad"][flat.start[t] : flat.end[t]][-window:]
-        inside = found["seq_ad"][t][found["seq_ad"][t] != 0].tolist()
-        assert [known[i - 2] for i in inside] == visible.tolist()
-        edge = 0 if pad is Pad.RIGHT else -1
-        assert not len(visible) or found["seq_ad"][t][edge] != 0
-    assert known[found["item"].numpy() - 2].tolist() == flat.ids[:, 0].tolist()
-
-
-def test_rare_and_new_ids_are_one_index(lake) -> None:
-    rows = decoded(lake)
-    flat = flatten(SPEC, rows, 0, len(rows))
-    encoder = Encoder.fit(flat, {"ad": "item"}, least=10**6)
-    encoded = encoder.encode(flat, "click")
-    assert (encoded.ids == 1).all() and (encoded.events == 1).all()
-    assert torch.isfinite(encoded.numbers).all()
+    for name in ("target_id", "numbers"):
+        wanted = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(getattr(whole, name), wanted)
 
 
 def some(label, prediction=None, *, task="click", part="test") -> Predictions:
@@ -247,7 +203,7 @@ def test_a_comparison_tests_all_on_the_same_labels_and_goes_on_where_it_was(
     monkeypatch.setattr(lightgbm_peer, "CHOICES", (("num_leaves", (7,)),))
     comparison = run(lake, tmp_path, "--tasks", "click,buy")
     results = comparison.run()
-    lines = table.lines(results, ["lightgbm"], comparison.base_rates())
+    lines = table.lines(results, comparison.base_rates())
     assert {(x.task, x.model) for x in lines} == {
         (t, m) for t in ("click", "buy") for m in ("lightgbm", "sum")
     }
@@ -270,13 +226,17 @@ def test_one_training_of_a_peer_stands_against_all_of_ours(lake, tmp_path, monke
     monkeypatch.setattr(lightgbm_peer, "CHOICES", ())
     flags = ("--tasks", "click", "--seeds", "0,1", "--peer-seeds", "0")
     comparison = run(lake, tmp_path, *flags)
-    results, rates = comparison.run(), comparison.base_rates()
+    results, (rate,) = comparison.run(), comparison.base_rates().values()
     assert [(r.model, r.seed) for r in results] == [("lightgbm", 0), ("sum", 0), ("sum", 1)]
-    peer, *ours = [mean_ne([r], "test", rates) for r in results]
+
+    def ne(label: np.ndarray, prediction: np.ndarray) -> float:
+        return normalized_entropy(label, prediction, rate)
+
+    peer, *ours = by_seed(results, "click", "test", ne)
     assert ours[0] != ours[1]
-    found = difference(results[1:], "test", results[:1], "test", rates)
+    found = difference(results[1:], results[:1], "click", rate)
     assert found.mean == pytest.approx(np.mean(ours) - peer)
-    assert interval_text(found) in table.markdown(table.lines(results, ["lightgbm"], rates))
+    assert interval_text(found) in table.markdown(table.lines(results, {"click": rate}))
 
 
 def test_peers_may_be_trained_for_fewer_tasks_than_ours(lake, tmp_path, monkeypatch) -> None:
@@ -287,34 +247,19 @@ def test_peers_may_be_trained_for_fewer_tasks_than_ours(lake, tmp_path, monkeypa
     assert [(r.model, r.tasks) for r in results] == [
         ("lightgbm", ("click",)), ("sum", ("click", "buy"))
     ]  # fmt: skip
-    lines = table.lines(results, ["lightgbm"], comparison.base_rates())
+    lines = table.lines(results, comparison.base_rates())
     against = {(x.task, x.model): x.difference for x in lines}
     assert against["buy", "sum"] == "" != against["click", "sum"]
     with pytest.raises(SpecError, match="--peer-tasks: 'buy' is none of click"):
         run(lake, tmp_path, "--tasks", "click", "--peer-tasks", "buy")
 
 
-def test_the_difference_is_to_the_peer_that_is_best_on_the_validation_day() -> None:
-    label = [0, 1] * 20
-
-    def result(model: str, validation: float, test: float) -> Result:
-        parts = [
-            some(label, np.abs(np.array(label) - off), part=part)
-            for part, off in (("validation", validation), ("test", test))
-        ]
-        both = {k: np.concatenate([getattr(p, k) for p in parts]) for k in parts[0].__dict__}
-        facts = {"seconds": 1.0, "command": "x"}
-        return Result(
-            model=model, tasks=("click",), seed=0, config={}, facts=facts,
-            predictions=Predictions(**both),
-        )  # fmt: skip
-
-    results = [result("a", 0.2, 0.4), result("b", 0.3, 0.1), result("ours", 0.1, 0.2)]
-    lines = {x.model: x for x in table.lines(results, ["a", "b"], {"click": 0.5})}
-    assert lines["a"].difference == "" and lines["ours"].difference.startswith("-")
-    other = replace(results[2].predictions, target_id=results[2].predictions.target_id + 1)
-    with pytest.raises(DataError, match="click: ours and a were tested on different labels"):
-        table.lines([*results[:2], replace(results[2], predictions=other)], ["a"], {"click": 0.5})
+def test_without_the_peer_there_is_no_difference(lake, tmp_path) -> None:
+    comparison = run(lake, tmp_path, "--tasks", "click", "--peers", "")
+    results = comparison.run()
+    assert [r.model for r in results] == ["sum"]
+    (line,) = table.lines(results, comparison.base_rates())
+    assert line.difference == ""
 
 
 def test_recalibrated_predictions_are_as_good_as_those_that_were_spoilt() -> None:
@@ -332,39 +277,6 @@ def test_what_is_wrong_is_said_with_the_remedy(lake, tmp_path: Path) -> None:
     for flags, says in ((["--tasks", "x"], "--tasks"), (["--peers", "x"], "--peers")):
         with pytest.raises(SpecError, match=says):
             run(lake, tmp_path, *flags)
-    with pytest.raises(SpecError, match="git clone"):
-        FuxiCtr(
-            tmp_path, "din", tmp_path, tuning_share=1.0, about={}, tuning_task="click",
-            tuning_rows=lambda part: None,
-        )  # fmt: skip
     empty = MemoryLake(SPEC, {t: {} for t in lake.rows})
     with pytest.raises(DataError, match="make run"):
         flat_day(empty, SPEC, DAYS[0], share=1.0, folder=tmp_path)
-    assert compare.FUXICTR == ("din", "dien", "transact", "bst")
-
-
-def test_a_name_changes_fields_of_a_preset(lake) -> None:
-    def ours(name: str) -> Ours:
-        return Ours(lake, SPEC, name, SPLIT, share=1.0)
-
-    plain = ours("sequence").preset
-    varied = ours(
-        "sequence:stale:layers=2:encoder=hstu:pairs=0:mix.sizes=12+6:mix.interactions=dot:"
-        "tables.item_rows=1:training.epochs=3:training.limits.max_targets=99:training.average=0.5"
-    )
-    shape = varied.preset.sequence
-    assert (shape.layers, shape.encoder, shape.pairs) == (2, encoders.Encoder.HSTU, False)
-    assert shape.mix == replace(plain.sequence.mix, sizes=(12, 6), interactions=("dot",))
-    assert shape.tables == replace(plain.sequence.tables, item_rows=1)
-    limits = replace(plain.training.limits, max_targets=99)
-    assert varied.preset.training == replace(plain.training, epochs=3, average=0.5, limits=limits)
-    assert len(varied.seen) == 1 and not ours("sequence").seen
-    for wrong, says in (
-        ("sequence:backwards", "histories 'backwards'"),
-        ("sequence:depth=2", "depth=2.*SequenceConfig"),
-        ("sequence:layers=two", "layers=two"),
-        ("sum:mix=1", "mix=1.*not one value"),
-        ("sum:training.shift=no", "training.shift=no"),
-    ):
-        with pytest.raises(SpecError, match=says):
-            ours(wrong)

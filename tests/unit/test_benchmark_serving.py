@@ -140,19 +140,6 @@ def test_inputs_are_what_is_stored_of_the_user(ways) -> None:
     assert sizes["events"] == serving.EVENTS * (16 + 8 * len(PLAN.event_ids) + 4 * floats)
 
 
-def test_parameters_are_those_that_the_logits_depend_on(ways, models) -> None:
-    downstream, tower, _ = models
-    tables = {id(p) for p in downstream.tables.parameters()}
-    dense = sum(serving.nbytes(p) for p in downstream.parameters() if id(p) not in tables)
-    n = 3
-    rows = n * len(PLAN.candidates) * TABLES.dim * 4
-    assert serving.parameter_bytes(ways["read"], asked(n)) == dense + rows
-    used = sum(serving.nbytes(p) for m in (tower.user, tower.user_tower) for p in m.parameters())
-    looked_up = len(PLAN.user_ids) + sum(s.max_ids // 2 for s in SPEC.sparse_features)
-    carried = serving.parameter_bytes(ways["sum"], asked(n)) - dense - rows
-    assert carried == used + looked_up * TABLES.dim * 4, "the mix tower is not served"
-
-
 def test_peers_take_turns_on_the_same_requests_and_the_first_round_is_not_timed() -> None:
     seen: list[tuple[str, str]] = []
     found = [lambda r, name=name: seen.append((name, r)) for name in ("a", "b")]
@@ -166,7 +153,7 @@ def test_a_ratio_is_to_the_published_of_the_same_shape_and_candidates() -> None:
     def cost(peer: str, candidates: int, flops: int, ms: float) -> Cost:
         return Cost(
             peer=peer, shape="small", candidates=candidates, flops=flops, input_bytes=128,
-            parameter_bytes=5000, latencies_ms=np.array([ms] * 99 + [10 * ms]),
+            median_ms=ms,
         )  # fmt: skip
 
     text = serving.markdown(
@@ -174,8 +161,8 @@ def test_a_ratio_is_to_the_published_of_the_same_shape_and_candidates() -> None:
          cost(PUBLISHED, 50, 50_000, 2.0), cost("tower", 50, 52_000, 3.0)]
     )  # fmt: skip
     one, tower_one, fifty, tower_fifty = (line.split(" | ") for line in text.splitlines()[2:])
-    assert tower_one[3:5] == ["3.0", "3.000"] and tower_one[7:9] == ["2.500", "2.500"]
-    assert tower_fifty[3:5] == ["1.0", "1.040"] and tower_fifty[7:9] == ["3.000", "1.500"]
+    assert tower_one[3:5] == ["3.0", "3.000"] and tower_one[6:] == ["2.500", "2.500 |"]
+    assert tower_fifty[3:5] == ["1.0", "1.040"] and tower_fifty[6:] == ["3.000", "1.500 |"]
     assert one[4] == "" == fifty[4] and fifty[3] == "1.0"
 
 
@@ -190,4 +177,3 @@ def test_a_run_measures_every_way_of_every_shape() -> None:
     assert [line.split(" | ")[0] for line in lines] == ["| small"] * 6 + ["| paper"] * 4
     read, tower, pooled, *_ = costs
     assert read.flops < tower.flops and read.flops < pooled.flops
-    assert read.parameter_bytes < min(tower.parameter_bytes, pooled.parameter_bytes)

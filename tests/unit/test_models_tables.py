@@ -77,14 +77,6 @@ def test_row_wise_adagrad_steps_by_hand() -> None:
     torch.testing.assert_close(tables.optimizer_state()["item"][3], square)
 
 
-def test_the_learning_rate_can_be_set() -> None:
-    tables = Tables(["item"], config=CONFIG)
-    before = weight(tables, "item").clone()
-    tables.set_learning_rate(0.0)
-    tables([Lookup("item", torch.tensor([3]))])[0].sum().backward()
-    assert torch.equal(weight(tables, "item"), before)
-
-
 def train(tables: Tables, steps: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):

@@ -235,7 +235,7 @@ def test_an_embedding_begins_in_the_direction_of_what_the_user_met() -> None:
 
 
 def test_the_pooled_embeddings_are_keyed_by_the_item() -> None:
-    model = make_sequence(matches=False).eval()
+    model = make_sequence().eval()
     batch = random_batch(TINY, rows=10)
     asked = {}
     model.readers[0].pooling.register_forward_hook(lambda _m, _i, out: asked.update(out=out))

@@ -13,8 +13,6 @@ from feature_store.spec import Dataset
 from jobs.training.loader import LabelledDay, Users, labelled_day, labelled_rows
 from jobs.training.rows import Rows
 
-_TEST_DAYS = 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -27,37 +25,6 @@ class Split:
     def days(self, part: str) -> list[str]:
         """The days of `train`, `validation` or `test`."""
         return day_range(*getattr(self, part))
-
-
-def newest_split(lake: Lake, dataset: Dataset, *, first: str | None = None) -> Split:
-    """The newest two days that every task has answers for as the test, the day before them for
-    validation, the days before that for training.
-
-    Args:
-        first: day to train from; default: the first that the lake has.
-
-    Raises:
-        DataError: no day is left to train on.
-    """
-    labels = lake.partitions("labels")
-    known = [
-        ds
-        for ds in sorted(lake.partitions("examples"))
-        if all(shift(ds, task.matures_after) in labels for task in dataset.tasks)
-    ]
-    days = [ds for ds in known if first is None or ds >= first]
-    held = _TEST_DAYS + 1
-    if len(days) <= held:
-        raise DataError(
-            f"the lake of {dataset.name} has {len(days)} days with answers to every task"
-            f"{f' from {first} on' if first else ''}, {held + 1} are needed: build more with `make run "
-            f"DATASET={dataset.name}`, and name its HEADWATER_HOME"
-        )
-    return Split(
-        train=(days[0], days[-held - 1]),
-        validation=(days[-held], days[-held]),
-        test=(days[-_TEST_DAYS], days[-1]),
-    )
 
 
 def pins(lake: Lake) -> dict[str, int]:
