@@ -67,6 +67,18 @@ def check_folder_name(field_name: str, value: str) -> None:
     )
 
 
+def check_dataset_name(field_name: str, value: str) -> None:
+    """Refuse what names no folder, and what could give a DAG the id of another dataset's."""
+    check_folder_name(field_name, value)
+    check(
+        "downstream" not in value.split("_")[1:],
+        field_name,
+        value,
+        "a DAG of it could have the id of another dataset's, <dataset>_downstream_<task>: name it "
+        "without the word 'downstream', or begin with that word",
+    )
+
+
 def check_unique(field_name: str, values: Iterable[str]) -> None:
     seen: set[str] = set()
     for value in values:
