@@ -340,8 +340,8 @@ class ItemFeatures:
 
     For each stream and window, two float32 features of a target's item, from the hours that closed
     before its `as_of`: `<stream>_<W>h` = log(1 + events on the item) and `<stream>_share_<W>h` =
-    log(1 + 1e4 * its share of the stream's events on all items). And `age_h` = log(1 + hours since
-    the item was first seen in any of the streams), -1 where it was not.
+    log(1 + 1e4 * its share of the stream's events on all items). And `age_h` = log(1 + hours from when
+    the item was first seen in any of the streams to `as_of`), -1 where no such hour saw it.
 
     Args:
         streams: stream -> the attribute of it that is an item (vocabulary `item`).
