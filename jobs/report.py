@@ -21,6 +21,7 @@ from feature_store.embeddings import EmbeddingKind
 from feature_store.spec import Dataset, Task
 from feature_store.tables import contracts
 from jobs.context import JobContext, main
+from jobs.paths import own
 from jobs.training.results import EVALUATION, PREDICTIONS, Results
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(context: JobContext) -> None:
     console.width = max(console.width, TABLE_WIDTH)
     for table in terminal(report):
         console.print(table)
-    print(f"report: {folder / 'index.html'}", flush=True)
+    print(own(f"report: {folder / 'index.html'}"), flush=True)
 
 
 def assemble(context: JobContext) -> dict[str, Any]:
