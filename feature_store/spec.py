@@ -32,7 +32,7 @@ from feature_store.spec_parts import (
     Task,
     UserAttribute,
     check,
-    check_folder_name,
+    check_dataset_name,
     check_known,
     check_unique,
 )
@@ -63,7 +63,8 @@ class Dataset:
     """Everything that the system needs to know about one set of event logs.
 
     Args:
-        name: prefixes every DAG id, asset, lake path and MLflow name.
+        name: prefixes every DAG id, asset, lake path and MLflow name. None of its words but the first is
+            `downstream`, which stands between dataset and task in the id of a DAG.
         first_day: the first day that the source has.
         utc_offset: of the zone that days are cut in.
         user_id_type, item_id_type, target_id_type: how ids are stored. Text that is no number needs
@@ -106,7 +107,7 @@ class Dataset:
     )
 
     def __post_init__(self) -> None:
-        check_folder_name("Dataset.name", self.name)
+        check_dataset_name("Dataset.name", self.name)
         where = f"Dataset({self.name})"
         try:
             parse_day(self.first_day)

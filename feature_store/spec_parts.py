@@ -67,6 +67,18 @@ def check_folder_name(field_name: str, value: str) -> None:
     )
 
 
+def check_dataset_name(field_name: str, value: str) -> None:
+    """Refuse what names no folder, and what could give a DAG the id of another dataset's."""
+    check_folder_name(field_name, value)
+    check(
+        "downstream" not in value.split("_")[1:],
+        field_name,
+        value,
+        "a DAG of it could have the id of another dataset's, <dataset>_downstream_<task>: name it "
+        "without the word 'downstream', or begin with that word",
+    )
+
+
 def check_unique(field_name: str, values: Iterable[str]) -> None:
     seen: set[str] = set()
     for value in values:
@@ -328,8 +340,8 @@ class ItemFeatures:
 
     For each stream and window, two float32 features of a target's item, from the hours that closed
     before its `as_of`: `<stream>_<W>h` = log(1 + events on the item) and `<stream>_share_<W>h` =
-    log(1 + 1e4 * its share of the stream's events on all items). And `age_h` = log(1 + hours since
-    the item was first seen in any of the streams), -1 where it was not.
+    log(1 + 1e4 * its share of the stream's events on all items). And `age_h` = log(1 + hours from when
+    the item was first seen in any of the streams to `as_of`), -1 where no such hour saw it.
 
     Args:
         streams: stream -> the attribute of it that is an item (vocabulary `item`).

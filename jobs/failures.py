@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from feature_store.errors import HeadwaterError, TransientError
+from jobs.paths import own
 
 if TYPE_CHECKING:
     from feature_store.spec import Dataset
@@ -60,7 +62,7 @@ def report(
         traceback.print_exception(error)
         sys.stderr.flush()
         return FAILED
-    print(f"error: {failure.sentence}", file=sys.stderr, flush=True)
+    print(f"error: {own(failure.sentence)}", file=sys.stderr, flush=True)
     return failure.code
 
 
@@ -128,7 +130,7 @@ def _database(chain: list[BaseException], settings: Settings | None) -> Failure 
         return Failure(
             code=FAILED,
             sentence=f"MLflow's database {where} is locked by another process: end what holds it "
-            f"(`fuser {where}` names it) and run the same command again",
+            f"(`fuser {shlex.quote(own(where))}` names it) and run the same command again",
         )
     if DAMAGED_SQLITE.search(said):
         return Failure(

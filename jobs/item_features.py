@@ -1,7 +1,8 @@
 """Features of a target's item, from what `item_aggregates` counted in the hours that had closed.
 
-An item's features are the same for all targets of one hour, so that they are computed once per
-(item, hour) that is asked for.
+Counts, totals and when the item was first seen are the same for all targets of one hour, and are computed
+once per (item, hour) that is asked for. `age_h` alone is to the microsecond: it runs up to the target's
+own `as_of`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ _NO_DELTA = re.compile(
     r"[\[\]\\^|\x00-\x1f]|%[0-9A-Fa-f]{2}"
 )  # deltalake follows links, and quotes these wrongly
 _LINKS = Path("/tmp")  # not TMPDIR: parent and child processes have to find the same link
+_LINK = re.compile(rf"{_LINKS}/headwater-\d+/[0-9a-f]{{12}}\b")
 
 
 def plain(path: Path) -> Path:
@@ -46,6 +47,18 @@ def plain(path: Path) -> Path:
             "choose a path of letters, digits, dots, hyphens and underscores"
         ) from error
     return link
+
+
+def own(text: str) -> str:
+    """`text` for people: where it names a link that `plain` made, the path that the link stands for."""
+    return _LINK.sub(lambda found: _target(found[0]), text)
+
+
+def _target(link: str) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:
+        return link
 
 
 def check_delta(setting: str, path: Path) -> None:

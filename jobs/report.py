@@ -21,8 +21,8 @@ from feature_store.embeddings import EmbeddingKind
 from feature_store.spec import Dataset, Task
 from feature_store.tables import contracts
 from jobs.context import JobContext, main
-from jobs.train_downstream import PREDICTIONS, RESULT
-from jobs.train_upstream import EVALUATION
+from jobs.paths import own
+from jobs.training.results import EVALUATION, PREDICTIONS, Results
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,7 @@ def run(context: JobContext) -> None:
     console.width = max(console.width, TABLE_WIDTH)
     for table in terminal(report):
         console.print(table)
-    print(f"report: {folder / 'index.html'}", flush=True)
+    print(own(f"report: {folder / 'index.html'}"), flush=True)
 
 
 def assemble(context: JobContext) -> dict[str, Any]:
@@ -113,24 +113,18 @@ def _task(context: JobContext, task: Task) -> dict[str, Any]:
         "oracle": None,
         "why_not": "no downstream model was trained",
     }
-    root = context.settings.downstream_dir(context.dataset.name, task.name)
-    results = {
-        p.parent.name: json.loads(p.read_text())
-        for p in sorted(root.glob(f"*/{RESULT}"))
-        if p.parent.name <= context.ds
-    }
+    written = Results.downstream(context.settings, context.dataset.name, task.name)
+    results = written.until(context.ds)
     reasons = [r["why_not"] for r in results.values() if not r["arms"]]
     results = {ds: r for ds, r in results.items() if r["arms"]}
     if not results:
         return found | ({"why_not": reasons[-1]} if reasons else {})
-    frames = {r["test_day"]: _predictions(root / ds, r) for ds, r in results.items()}
+    frames = {r["test_day"]: _predictions(written, ds, r) for ds, r in results.items()}
     return found | _compare(context, task, results, frames)
 
 
-def _predictions(folder: Path, result: Mapping[str, Any]) -> pd.DataFrame:
-    import pandas as pd
-
-    frame = pd.read_parquet(folder / PREDICTIONS)
+def _predictions(written: Results, ds: str, result: Mapping[str, Any]) -> pd.DataFrame:
+    frame = written.rows(ds, PREDICTIONS)
     frame["test_day"] = result["test_day"]
     frame["base_rate"] = result["base_rate"]
     return frame
@@ -263,7 +257,8 @@ def _upstream(
     table: list[dict[str, Any]] = []
     by_day: dict[str, dict[str, list[tuple[str, float]]]] = {t.name: {} for t in dataset.tasks}
     for model in dataset.models:
-        days = _model_days(context, model)
+        written = Results.upstream(context.settings, dataset.name, model)
+        days = written.until(context.ds)
         for task in dataset.tasks:
             found = {
                 ds: r["evaluation"][task.name]
@@ -278,8 +273,7 @@ def _upstream(
             by_day[task.name][model] = [(f["shown_ds"], f["ne"]) for f in found.values()]
             frames = []
             for ds, values in found.items():
-                path = context.settings.snapshot_dir(dataset.name, model, ds) / EVALUATION
-                frame = pd.read_parquet(path, filters=[("task", "==", task.name)])
+                frame = written.rows(ds, EVALUATION, task=task.name)
                 frames.append(frame.assign(base_rate=values["base_rate"]))
             rows = pd.concat(frames, ignore_index=True)
             shown = [f["shown_ds"] for f in found.values()]
@@ -307,14 +301,9 @@ def _no_ne(model: str, task: Task, why_not: Sequence[str]) -> dict[str, Any]:
     return {"model": model, "task": task.name, "days": 0, **empty, "why_not": reason}
 
 
-def _model_days(context: JobContext, model: str) -> dict[str, dict[str, Any]]:
-    root = context.settings.snapshot_dir(context.dataset.name, model, context.ds).parent
-    found = {p.parent.name: json.loads(p.read_text()) for p in sorted(root.glob(f"*/{RESULT}"))}
-    return {ds: r for ds, r in found.items() if ds <= context.ds}
-
-
 def _gates(context: JobContext) -> list[dict[str, Any]]:
     """Each day's decision on each model's candidate."""
+    settings, dataset = context.settings, context.dataset
     return [
         {
             "model": model,
@@ -330,8 +319,8 @@ def _gates(context: JobContext) -> list[dict[str, Any]]:
             "targets": r["training"]["targets"],
             "rate": r["training"]["targets_per_second"],
         }
-        for model in context.dataset.models
-        for ds, r in _model_days(context, model).items()
+        for model in dataset.models
+        for ds, r in Results.upstream(settings, dataset.name, model).until(context.ds).items()
     ]
 
 

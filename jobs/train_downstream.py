@@ -21,13 +21,13 @@ from feature_store.days import shift
 from feature_store.spec import Dataset, Task
 from jobs.context import JobContext, main
 from jobs.text import number
+from jobs.training.results import PREDICTIONS, RESULT
 
 if TYPE_CHECKING:
     from feature_store.lake import Lake
     from jobs.training.config import DownstreamTraining
     from jobs.training.loop import Scored
 
-RESULT, PREDICTIONS = "result.json", "predictions.parquet"
 TRAIN_DAYS, MIN_TRAIN_DAYS = 5, 3  # most, and fewest, days trained on
 
 
@@ -262,7 +262,7 @@ def _log(
         run.metrics(metrics_of(result))
         run.lineage(context.lake, result["inputs"], "training")
         run.text(pprint.pformat(dataset, width=100), "spec.txt")
-        run.text(json.dumps(result, indent=1), "result.json")
+        run.text(json.dumps(result, indent=1), RESULT)
         made_up = " (simulated data)" if dataset.simulated else ""
         title = f"{dataset.name} {task.name}, {result['test_day']}{made_up}"
         rows = [

@@ -23,14 +23,13 @@ from feature_store.lineage import definition
 from feature_store.spec import Dataset
 from jobs.context import JobContext, main
 from jobs.text import number
+from jobs.training.results import EVALUATION, RESULT
 
 if TYPE_CHECKING:
     from jobs.training.checkpoints import Checkpoints, Snapshot
     from jobs.training.loader import LabelledDay, Shown
     from jobs.training.loop import Learner, Progress, Scored
     from jobs.training.presets import Preset
-
-EVALUATION, RESULT = "evaluation.parquet", "result.json"
 
 
 def run(context: JobContext) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from jobs.local.client import TaskRun
 from jobs.local.plan import DONE, FAILED, Pair, Plan
+from jobs.paths import own
 
 HEARTBEAT_SECONDS = 30
 _FINAL = {DONE: "done", FAILED: "failed", "up_for_retry": "failed, will be tried again"}
@@ -48,9 +49,9 @@ class Progress:
             self._live = None
 
     def say(self, text: str) -> None:
-        """One line, with the time."""
+        """One line, with the time, and folders by the names that people gave them."""
         self._said = time.monotonic()
-        line = f"{datetime.now():%H:%M:%S}  {text}"
+        line = f"{datetime.now():%H:%M:%S}  {own(text)}"
         if self._live is not None:
             self._live.console.print(line, highlight=False, markup=False)
         else:

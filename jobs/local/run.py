@@ -33,6 +33,7 @@ from jobs.local.launcher import Launcher, instant
 from jobs.local.plan import Plan, check_current, check_history, choose_days
 from jobs.local.services import AirflowServices
 from jobs.local.stale import not_current, stale_days
+from jobs.paths import own
 from jobs.settings import REPOSITORY, Settings
 
 DEVICES_POOL = "devices"
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"engine: {spark.describe(settings)}", flush=True)
     print(
         f"{dataset.name}{' (simulated data)' if dataset.simulated else ''}: {days[0]} to {days[-1]}, "
-        f"{len(days)} days, into {settings.home}",
+        f"{len(days)} days, into {own(str(settings.home))}",
         flush=True,
     )
     plan = Plan(dataset, tuple(days))

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ from filelock import FileLock, Timeout
 from feature_store.errors import HeadwaterError
 from jobs import failures
 from jobs.local.client import AirflowClient, TaskRun
+from jobs.paths import own
 from jobs.settings import REPOSITORY
 
 START_SECONDS = 180
@@ -316,7 +318,7 @@ class AirflowServices:
         if "database is locked" in said:
             raise ServiceError(
                 f"Airflow's database {self._database} is locked: end what holds it (`fuser "
-                f"{self._database}` names it) and run the same command again"
+                f"{shlex.quote(own(str(self._database)))}` names it) and run the same command again"
             )
 
     def _log_path(self, name: str) -> Path:

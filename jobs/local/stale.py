@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from feature_store.errors import DataError
@@ -13,6 +12,7 @@ from feature_store.spec import Dataset
 from jobs.local.plan import Pair, Plan
 from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints
+from jobs.training.results import Results
 
 
 def not_current(plan: Plan, settings: Settings) -> set[Pair]:
@@ -59,13 +59,14 @@ def _wrong(
             yield _decided_from(Checkpoints(root), day) != lineage.identity("user_embeddings", day)
             yield lacks("user_embeddings", model)
     else:
-        task = stage.steps[0].task
-        result = settings.downstream_dir(dataset.name, task) / day / "result.json"
-        if result.exists():
-            inputs = json.loads(result.read_text()).get(
-                "inputs", {}
-            )  # none where it compares nothing
-            yield any(lineage.replaced(key, version) for key, version in inputs.items())
+        results = Results.downstream(settings, dataset.name, stage.steps[0].task)
+        try:
+            result = results.of(day) or {}
+        except DataError:  # it is damaged: training the day again writes it anew
+            yield True
+            return
+        inputs = result.get("inputs", {})  # none where it compares nothing
+        yield any(lineage.replaced(key, version) for key, version in inputs.items())
 
 
 def _decided_from(checkpoints: Checkpoints, day: str) -> str:

@@ -25,6 +25,7 @@ from jobs import failures
 from jobs.local.plan import Plan
 from jobs.local.run import DEVICES_POOL, device_slots, services_for
 from jobs.local.services import AirflowServices, ServiceError, free_port, read_state
+from jobs.paths import own
 from jobs.settings import REPOSITORY, Settings
 
 _MLFLOW_PORT, _FILES_PORT = 5000, 8081
@@ -174,7 +175,7 @@ def index(home: Path) -> str:
     )
     return (
         "<!doctype html><meta charset=utf-8><title>Headwater</title><h1>Headwater</h1>"
-        f"<ul>{links or '<li>nothing yet: make run</li>'}</ul><p>{html.escape(str(home))}, served from "
+        f"<ul>{links or '<li>nothing yet: make run</li>'}</ul><p>{html.escape(own(str(home)))}, served from "
         f"{html.escape(str(REPOSITORY))}</p>"
     )
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from feature_store.days import parse_day
 from feature_store.errors import DataError, HeadwaterError
+from jobs.paths import own
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,7 +193,7 @@ class Checkpoints:
             return None
         state = read_state(path)
         if state is None:
-            print(f"{path} is damaged: the training of {ds} starts again", flush=True)
+            print(own(f"{path} is damaged: the training of {ds} starts again"), flush=True)
             return None
         return state if state["run_hash"] == run_hash else None
 

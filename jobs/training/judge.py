@@ -56,7 +56,11 @@ _DEFINED = ("ne", "shifted_ne", "auc", "calibration")
 def task_metrics(
     dataset: Dataset, scored: Scored, base_rates: Mapping[str, float], *, domains: bool = True
 ) -> dict[str, Metrics]:
-    """Metrics per task that has labels, and under "domains" per value of the dataset's domain."""
+    """Metrics per task that has labels, and under "domains" per value of the dataset's domain.
+
+    A value is named as batches hold it, an integer: text is hashed, so that a metric's name is one that
+    MLflow takes whatever the text holds.
+    """
     found = {}
     for index, task in enumerate(dataset.tasks):
         mine = scored.where(scored.task == index)

@@ -13,6 +13,7 @@ from jobs.training import tracking
 from jobs.training.checkpoints import Checkpoints, Snapshot
 from jobs.training.config import to_plain
 from jobs.training.judge import Verdict
+from jobs.training.results import EVALUATION, RESULT, Results
 
 if TYPE_CHECKING:
     from jobs.training.loader import LabelledDay
@@ -66,7 +67,7 @@ def log_day(
         run.lineage(context.lake, day.inputs, "training")
         run.text(pprint.pformat(dataset, width=100), "spec.txt")
         run.text(json.dumps(to_plain(preset), indent=1), "config.json")
-        run.text(json.dumps(result, indent=1), "result.json")
+        run.text(json.dumps(result, indent=1), RESULT)
         for path, figure in _figures(context, root, result).items():
             run.figure(figure, path)
         _register(context, checkpoints, run, model, result)
@@ -102,12 +103,6 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, float | None]:
     return {f"{prefix}_{n}": values[n] for n in names}
 
 
-def history(root: Path, ds: str) -> list[dict[str, Any]]:
-    """Results of the days up to `ds`, ascending."""
-    found = [json.loads(p.read_text()) for p in sorted(root.glob("*/result.json"))]
-    return [r for r in found if r["ds"] <= ds]
-
-
 def _figures(context: JobContext, root: Path, result: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import pyarrow.parquet as pq
@@ -115,7 +110,7 @@ def _figures(context: JobContext, root: Path, result: dict[str, Any]) -> dict[st
     from jobs.training import plots
 
     dataset, model, ds = context.dataset, result["model"], result["ds"]
-    days = history(root, ds)
+    days = Results.upstream(context.settings, dataset.name, model).until(ds).values()
     figures: dict[str, Any] = {}
     made_up = " (simulated data)" if dataset.simulated else ""
     for task in dataset.tasks:
@@ -139,7 +134,7 @@ def _figures(context: JobContext, root: Path, result: dict[str, Any]) -> dict[st
                 title=f"{dataset.name} {model}: {task.name} NE by day{made_up}",
                 note="sampled negatives: a sampled metric" if task.sampled else "",
             )
-    table = pq.read_table(root / ds / "evaluation.parquet")
+    table = pq.read_table(root / ds / EVALUATION)
     task_of = np.array(table["task"].to_pylist(), dtype=object)
     curves = {}
     for task in dataset.tasks:

@@ -123,6 +123,11 @@ def test_a_full_run_leaves_nothing_stale_and_a_corrected_day_everything_after_it
         check_current(dataset, "2024-03-04", stale_days(dataset, settings))
     lake.publish_arrow("events", day, rows, **again)
     assert not_current(plan, settings) == set()
+    result = settings.downstream_dir("simulated", "click") / LAST / "result.json"
+    whole = result.read_bytes()
+    result.write_bytes(whole[:-9])
+    assert not_current(plan, settings) == {("simulated_downstream_click", LAST)}
+    result.write_bytes(whole)
 
 
 def test_nothing_is_written_but_under_the_home(home: Path) -> None:

@@ -484,3 +484,6 @@ def test_a_snapshot_that_rots_stops_what_reads_it_and_is_trained_again_to_the_sa
     assert checkpoints.champion(DAYS[0]).id == first.id and state.read_bytes() == whole
     assert not (checkpoints.day(DAYS[0]) / "progress.pt").exists()
     publish_embeddings.run(contexts[0])
+    (checkpoints.day(DAYS[0]) / "result.json").write_text('{"ds":')
+    with pytest.raises(DataError, match=rf"result\.json is damaged: run {command}"):
+        train_upstream.run(contexts[1])

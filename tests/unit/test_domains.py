@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
 
 from feature_store import datasets
 from feature_store.errors import SpecError
@@ -18,8 +22,10 @@ from jobs.training import presets
 from jobs.training.checkpoints import state_hash
 from jobs.training.config import Shift, TrainingConfig
 from jobs.training.ids import int64_ids
-from jobs.training.loop import Learner, domain_id, train
+from jobs.training.judge import task_metrics
+from jobs.training.loop import Learner, Scored, domain_id, train
 from jobs.training.presets import Architecture, Preset, preset
+from jobs.training.upstream_run import metrics_of
 from models.batch import Batch
 from models.hybrid import HybridConfig
 from models.sequence_config import SequenceConfig
@@ -29,6 +35,8 @@ from tests.batches import random_batch
 from tests.synthetic import dataset
 
 SPEC = dataset()
+TRAINING = ("targets", "rows", "events", "seconds", "targets_per_second", "steps")
+DRIFT = ("norm", "cosine", "l2", "l2_relative")
 TABLES = TableConfig(dim=8, default_rows=64, item_rows=128)
 
 
@@ -112,6 +120,30 @@ def test_a_string_is_hashed_as_ids_are() -> None:
     assert domain_id(with_strings(), "feed") == int64_ids(pa.array(["feed"]))[0]
     assert domain_id(SPEC, 1) == 1
     assert learner_of(0).domain == 0
+
+
+@settings(max_examples=20)
+@given(names=st.lists(st.text(), min_size=1, max_size=9, unique=True))
+@example(names=["a,b!", "a/b", "..", "é", "x" * 400])
+def test_each_domain_has_metrics_of_its_own_that_mlflow_takes(names: list[str]) -> None:
+    ids = int64_ids(pa.array(names, pa.string()))
+    n = len(ids)
+    scored = Scored(
+        user_id=ids, stored_user_id=ids, target_id=ids, task=np.zeros(n, int),
+        label=np.arange(n) % 2, prediction=np.full(n, 0.5), domain=ids,
+    )  # fmt: skip
+    result = {
+        "evaluation": task_metrics(with_strings(), scored, {}),
+        "training": {"loss": {}, **dict.fromkeys(TRAINING, 0)},
+        "gate": {
+            "verdict": "accepted", "tasks": {}, "difference": None, "drift": dict.fromkeys(DRIFT),
+        },
+    }  # fmt: skip
+    found = metrics_of(result)
+    for name in found:
+        _validate_metric_name(name)
+        assert len(name) <= MAX_ENTITY_KEY_LENGTH
+    assert sum("_domain_" in name and name.endswith("_labels") for name in found) == n
 
 
 @pytest.mark.parametrize(

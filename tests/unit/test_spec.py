@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from itertools import product
 
 import pytest
 
 from feature_store import datasets
 from feature_store.errors import SpecError
+from feature_store.pipeline import stages
 from feature_store.spec import (
     Aggregate,
     Attribute,
@@ -210,6 +212,8 @@ def test_a_part_that_contradicts_itself_is_refused(
     [
         ({"name": "News"}, r"Dataset.name is 'News'"),
         ({"name": "n" * 101}, r"Dataset.name is 'n+': it names folders and files: use at most 100"),
+        ({"name": "news_downstream"}, r"Dataset.name is 'news_downstream': a DAG of it could have"),
+        ({"name": "a_downstream_b"}, r"Dataset.name is 'a_downstream_b': .* without the word"),
         ({"first_day": "01.05.2024"}, r"first_day is '01.05.2024': write it as YYYY-MM-DD"),
         ({"streams": ()}, r"streams is \(\): declare at least one stream"),
         ({"targets": ()}, r"targets is \(\): declare what is scored"),
@@ -482,3 +486,19 @@ def test_item_feature_names_are_in_stored_order() -> None:
         "clicks_share_24h",
         "age_h",
     )
+
+
+def test_no_two_datasets_have_a_dag_or_an_asset_of_one_name() -> None:
+    words = ("a", "downstream", "ingest")
+    names = ["_".join(name) for n in (1, 2, 3) for name in product(words, repeat=n)]
+    tasks = tuple(replace(CLICK, name=name) for name in names)
+    owner: dict[str, str] = {}
+    for name in names:
+        try:
+            dataset = replace(SPEC, name=name, tasks=tasks)
+        except SpecError:
+            continue
+        for stage in stages(dataset):
+            for taken in (stage.dag_id, *stage.emits):
+                assert owner.setdefault(taken, name) == name, taken
+    assert {"a", "downstream", "downstream_ingest", "ingest_a"} < set(owner.values())
