@@ -32,11 +32,11 @@ from feature_store.content import content_hash
 from feature_store.days import parse_day
 from feature_store.errors import ContractError, MissingPartitionError
 from feature_store.ledger import Partition, pin
-from feature_store.lineage import SOURCES, Lineage, definition
+from feature_store.lineage import Lineage
 from feature_store.schemas import check_schema, grown_schema, nullable, stored_schema
 from feature_store.spec import Dataset
 from feature_store.staging import Staging, partition_folder
-from feature_store.tables import Table, contracts
+from feature_store.tables import SOURCES, Table, contracts, definition
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable

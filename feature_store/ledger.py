@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from feature_store.tables import LEDGER
+from feature_store.columns import required
+from feature_store.tables import KINDS
 
 T = TypeVar("T")
 
@@ -25,18 +26,26 @@ RETENTION = {
 }
 _COMPACT_AT_FILES = 64
 
-# The job that writes each table, for messages that say what to run.
-PRODUCERS = {
-    "events": "ingest",
-    "impressions": "ingest",
-    "truth": "ingest",
-    "sequences": "build_sequences",
-    "aggregates": "build_aggregates",
-    "item_aggregates": "build_item_aggregates",
-    "examples": "build_examples",
-    "labels": "build_labels",
-    "user_embeddings": "publish_embeddings",
-}
+LEDGER = pa.schema(
+    [
+        required("table", pa.string()),
+        required("model", pa.string()),  # "" unless the table is partitioned by model
+        required("ds", pa.string()),
+        required("version", pa.int64()),  # Delta version at which the partition reads as written
+        required("inputs", pa.string()),  # JSON: {"<table>/<ds>": version}
+        required("code_version", pa.string()),
+        pa.field("definition", pa.string()),  # hash of what of the spec decides the table's rows
+        pa.field("identity", pa.string()),  # hash of the source partitions it depends on
+        required("engine", pa.string()),
+        required("rows", pa.int64()),
+        required("bytes", pa.int64()),
+        required("seconds", pa.float64()),
+        required("written_at", pa.int64()),  # UTC microseconds
+        required(
+            "notes", pa.string()
+        ),  # JSON of counts worth keeping (duplicates dropped, coverage, drift)
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +89,7 @@ def pin(table: str, ds: str, model: str = "") -> str:
 def command(dataset: str, table: str, ds: str, model: str = "") -> str:
     """What a person types to write a partition of `dataset`."""
     option = f" --model {model}" if model else ""
-    return f"python -m jobs {PRODUCERS[table]} --dataset {dataset} --ds {ds}{option}"
+    return f"python -m jobs {KINDS[table].job} --dataset {dataset} --ds {ds}{option}"
 
 
 def opened(uri: str) -> tuple[pafs.FileSystem, str]:

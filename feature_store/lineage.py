@@ -14,46 +14,13 @@ current ones only, so that what is joined was made from the same sources under t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 
-from feature_store.days import DAY_US, day_of, day_range, end_us, micros, shift
 from feature_store.errors import MissingPartitionError, StalePartitionError
 from feature_store.ledger import Partition, command, pin, pins
 from feature_store.spec import Dataset
-
-SOURCES = ("events", "impressions", "truth")
-FEATURES = ("sequences", "aggregates", "item_aggregates", "examples", "labels")
-_BEGINNING = "0001-01-01"
-
-# Raised when a job computes other rows from the same inputs, so that what older code made is rebuilt.
-_REVISION = 1
-
-# What says how a model reads a value, and not what the value is.
-_NOT_IN_ROWS = {"vocabulary", "description", "sampled"}
-
-
-@dataclass(frozen=True)
-class Days:
-    """Days of a source table: every one from `first` to `last`, or those of `only`."""
-
-    table: str
-    first: str = "9999-12-31"
-    last: str = ""
-    only: frozenset[str] = frozenset()
-
-    def among(self, written: Mapping[str, Partition]) -> dict[str, Partition]:
-        """Those of `written` that are meant, in its order."""
-        return {d: p for d, p in written.items() if self.first <= d <= self.last or d in self.only}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reach:
-    """The days of source tables whose rows a partition can depend on."""
-
-    events: Days = Days("events")
-    impressions: Days = Days("impressions")
+from feature_store.tables import KINDS, SOURCES, definition, digest
 
 
 @dataclass(frozen=True)
@@ -62,79 +29,6 @@ class Stale:
 
     partition: Partition
     reason: str
-
-
-def cutoff_us(dataset: Dataset, ds: str) -> int:
-    """Where the windows of `aggregates(ds)` end: features see `available_time < cutoff`."""
-    return end_us(ds, dataset.utc_offset) - micros(dataset.serve_delay)
-
-
-def event_days(dataset: Dataset, ds: str) -> list[str]:
-    """The partitions of `events` that the windows of `aggregates(ds)` reach into."""
-    first = cutoff_us(dataset, ds) - dataset.window_days * DAY_US
-    return day_range(day_of(first, dataset.utc_offset), ds)
-
-
-def definition(dataset: Dataset, table: str) -> str:
-    """16 hex digits that change with whatever of the spec decides the rows of `table`, and with nothing
-    else: the order of features, say, does not."""
-    return _digest(_REVISION, table, *_parts(dataset, table))
-
-
-def _parts(dataset: Dataset, table: str) -> list[object]:
-    """What the rows of `table` depend on in the spec; other tables by their definition."""
-    zone = dataset.utc_offset
-    if table == "events":
-        streams = [(s.name, s.delay, s.id_from, _sorted(s.attributes)) for s in dataset.streams]
-        return [zone, dataset.user_id_type, _sorted(streams)]
-    if table in ("impressions", "truth"):
-        targets = [(t.name, t.has_item, t.id_from, _sorted(t.context)) for t in dataset.targets]
-        ids = (dataset.user_id_type, dataset.item_id_type, dataset.target_id_type)
-        return [zone, *ids, _sorted(targets), sorted(dataset.given_labels)]
-    if table == "sequences":
-        lengths = sorted((s.name, s.max_events) for s in dataset.streams)
-        return [definition(dataset, "events"), lengths]
-    if table == "aggregates":
-        features = (dataset.user_attributes, dataset.sparse_features, dataset.dense_features)
-        return [definition(dataset, "events"), dataset.serve_delay, *map(_sorted, features)]
-    if table == "item_aggregates":
-        counted = dataset.item_features
-        if counted is None:
-            return []
-        pairs = counted.co_occurrence
-        together: list[object] = []
-        if pairs is not None:
-            held = dataset.stream(pairs.stream).max_events
-            together = [pairs.stream, pairs.attribute, sorted(pairs.beside), sorted(pairs.before)]
-            together += [pairs.lags, held]
-        return [definition(dataset, "events"), sorted(counted.streams), together]
-    if table == "examples":
-        items = dataset.item_features
-        windows = () if items is None else tuple(sorted(items.windows_hours))
-        made_from = ("sequences", "aggregates", "item_aggregates", "impressions")
-        kinds = [t.name for t in dataset.targets], [s.name for s in dataset.streams]
-        made = [definition(dataset, t) for t in made_from]
-        return [*made, windows, dataset.max_part_rows, *kinds]
-    if table == "labels":
-        return [definition(dataset, "examples"), dataset.domain, _sorted(dataset.tasks)]
-    assert table == "user_embeddings", table
-    return [definition(dataset, "labels"), dataset.held_out_share]
-
-
-def reach(dataset: Dataset, table: str, ds: str) -> Reach:
-    """The days of source tables that the rows of partition `ds` of `table` can depend on."""
-    events, impressions = Days("events", _BEGINNING, ds), Days("impressions", _BEGINNING, ds)
-    if table == "aggregates":
-        return Reach(events=Days("events", event_days(dataset, ds)[0], ds))
-    if table in ("sequences", "item_aggregates"):
-        return Reach(events=events)
-    if table == "examples":
-        return Reach(events=events, impressions=Days("impressions", only=frozenset([ds])))
-    if table == "labels":
-        shown = frozenset(shift(ds, -t.matures_after) for t in dataset.tasks)
-        return Reach(events=events, impressions=Days("impressions", only=shown))
-    assert table == "user_embeddings", table  # of a model that was trained on every day so far
-    return Reach(events=events, impressions=impressions)
 
 
 class Lineage:
@@ -166,14 +60,14 @@ class Lineage:
             content: hash of the rows, for a source table.
         """
         made_from = content if table in SOURCES else self.sources(table, ds)
-        return _digest(definition(self.dataset, table), made_from)
+        return digest(definition(self.dataset, table), made_from)
 
     def sources(self, table: str, ds: str) -> str:
         """Hash of the source partitions that partition `ds` of a table can depend on."""
-        return _digest([(pin(p.table, p.ds), p.identity) for p in self._reached(table, ds)])
+        return digest([(pin(p.table, p.ds), p.identity) for p in self._reached(table, ds)])
 
     def _reached(self, table: str, ds: str) -> list[Partition]:
-        found = reach(self.dataset, table, ds)
+        found = KINDS[table].reach(self.dataset, ds)
         days = (found.events, found.impressions)
         return [p for d in days for p in d.among(self.days(d.table)).values()]
 
@@ -274,28 +168,3 @@ class Lineage:
                 self._newest[table][row.model, row.ds] = row
                 self._identities[pin(row.table, row.ds, row.model), row.version] = row.identity
         return self._newest[table]
-
-
-def feature_tables(dataset: Dataset) -> tuple[str, ...]:
-    """The tables that the feature jobs write."""
-    return tuple(t for t in FEATURES if t != "item_aggregates" or dataset.item_features)
-
-
-def _sorted(values: Iterable[object]) -> list[object]:
-    return sorted(map(_plain, values), key=repr)
-
-
-def _plain(value: object) -> object:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: _plain(getattr(value, f.name))
-            for f in fields(value)
-            if f.name not in _NOT_IN_ROWS
-        }
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

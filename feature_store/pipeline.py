@@ -17,6 +17,15 @@ from dataclasses import dataclass
 
 from feature_store.spec import Dataset
 
+# One process builds a day's features, one job after the other.
+FEATURE_JOBS = (
+    "build_sequences",
+    "build_aggregates",
+    "build_item_aggregates",
+    "build_examples",
+    "build_labels",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wait:
@@ -87,13 +96,7 @@ def stages(dataset: Dataset) -> tuple[Stage, ...]:
         steps=(
             Step(
                 name="features",
-                jobs=(
-                    "build_sequences",
-                    "build_aggregates",
-                    "build_item_aggregates",
-                    "build_examples",
-                    "build_labels",
-                ),
+                jobs=FEATURE_JOBS,
                 hours=12,
             ),
         ),

@@ -1,6 +1,6 @@
 """The quality gate: a Great Expectations suite per table, derived from the contract and the spec.
 
-A suite runs in process, over a narrow pandas frame of the staged rows (`checks.py`): no engine, one
+A suite runs in process, over a narrow pandas frame of the staged rows (`checked`): no engine, one
 pass over the files, and a tenth of a second for a small partition. The page of every validation is
 kept as a static file, `<docs_root>/<table>/<ds>.html`; a refused one as `<ds>.refused.html` beside
 the page of the partition that stays. Nothing else is written.
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from feature_store.checks import FAULTS, PLAIN, YEAR_2000_US, YEAR_2100_US, checked
-from feature_store.days import HOUR_US, end_us, shift, start_us
 from feature_store.errors import QualityError
+from feature_store.expectations import Expect
+from feature_store.faults import FAULTS, Faults, check_incomplete
 from feature_store.spec import Dataset, IdType
-from feature_store.tables import contract
+from feature_store.tables import KINDS, contract
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 _importing = threading.Lock()
 _BATCH_ROWS = 65_536
 _SHOWN = 3
-_MICROSECONDS = (
-    "times are UTC microseconds; look at their unit, and at the day that the rows are sent to"
-)
+_NAMES = ("stream", "target", "task", "snapshot", "shown_ds", *FAULTS)
 _REMEDIES = {
     "incomplete": "drop these rows at the source, or give them the missing value of their kind",
     "out_of_range": "mend these values at the source",
@@ -62,7 +60,7 @@ def warm_up() -> threading.Thread:
 
 
 def suite(dataset: Dataset, table: str, ds: str) -> ExpectationSuite:
-    """What has to hold of the partition `ds` of `table`, as seen by `checks.checked`.
+    """What has to hold of the partition `ds` of `table`, as seen by `checked`.
 
     Raises:
         SpecError: the dataset has no such table.
@@ -72,33 +70,11 @@ def suite(dataset: Dataset, table: str, ds: str) -> ExpectationSuite:
     from great_expectations import expectations as gxe
 
     shape = contract(dataset, table)
-    start, end = start_us(ds, dataset.utc_offset), end_us(ds, dataset.utc_offset)
-    plain = PLAIN[table]
-
-    def between(column: str, low: float | None, high: float | None, remedy: str) -> Any:
-        return gxe.ExpectColumnValuesToBeBetween(
-            column=column, min_value=low, max_value=high, meta={"remedy": remedy}
-        )
-
-    def names(column: str, known: list[str]) -> Any:
-        remedy = "declare the name in the spec, or drop the rows"
-        return gxe.ExpectColumnValuesToBeInSet(
-            column=column, value_set=known, meta={"remedy": remedy}
-        )
-
-    def not_after(first: str, second: str, remedy: str) -> Any:
-        return gxe.ExpectColumnPairValuesAToBeGreaterThanB(
-            column_A=second, column_B=first, or_equal=True, meta={"remedy": remedy}
-        )
-
-    def one(column: str) -> Any:
-        return gxe.ExpectColumnUniqueValueCountToBeBetween(
-            column=column, max_value=1, meta={"remedy": "publish one snapshot per partition"}
-        )
+    kind, expect = KINDS[table], Expect()
 
     found: list[Any] = [
-        gxe.ExpectColumnValuesToBeNull(column=kind, meta={"remedy": _REMEDIES[kind]})
-        for kind in FAULTS[table]
+        gxe.ExpectColumnValuesToBeNull(column=fault, meta={"remedy": _REMEDIES[fault]})
+        for fault in kind.faults
     ]
     duplicates = {"remedy": "drop duplicates by the key before publishing"}
     if len(shape.key) == 1:
@@ -110,60 +86,33 @@ def suite(dataset: Dataset, table: str, ds: str) -> ExpectationSuite:
     ids = [("user_id", dataset.user_id_type), ("item_id", dataset.item_id_type)]
     if dataset.target_id_type is IdType.STRING:  # a number may be a hash, and below 0
         ids.append(("target_id", IdType.STRING))
-    for column, kind in ids:
+    for column, id_kind in ids:
         remedy = "an id is not negative and not empty; drop the row at the source, or give it an id"
-        if column in plain or column in shape.key:
+        if column in kind.plain or column in shape.key:
             found.append(
-                between(column, 0, None, remedy)
-                if kind is IdType.INT64
+                expect.between(column, 0, None, remedy)
+                if id_kind is IdType.INT64
                 else gxe.ExpectColumnValueLengthsToBeBetween(
                     column=column, min_value=1, meta={"remedy": remedy}
                 )
             )
-    if table == "events":
-        found += [
-            names("stream", [s.name for s in dataset.streams]),
-            between("available_time", start, end - 1, _MICROSECONDS),
-            between("event_time", YEAR_2000_US, YEAR_2100_US, _MICROSECONDS),
-            not_after(
-                "event_time",
-                "available_time",
-                "available_time is max(event_time, ingest_time) + delay",
-            ),
-            not_after(
-                "ingest_time",
-                "available_time",
-                "available_time is max(event_time, ingest_time) + delay",
-            ),
-        ]
-    elif table == "impressions":
-        found += [
-            names("target", [t.name for t in dataset.targets]),
-            between("as_of", start, end - 1, _MICROSECONDS),
-            between("time", YEAR_2000_US, YEAR_2100_US, _MICROSECONDS),
-            not_after(
-                "as_of", "time", "features look at nothing after as_of, which is at or before time"
-            ),
-        ]
-    elif table == "labels":
-        shown = sorted({shift(ds, -t.matures_after) for t in dataset.tasks})
-        found += [names("task", [t.name for t in dataset.tasks]), names("shown_ds", shown)]
-    elif table == "examples":
-        found.append(between("part", 0, None, "parts of a user-day count from 0"))
-    elif table == "item_aggregates":
-        last = (end - 1) // HOUR_US
-        found.append(
-            between("hour", start // HOUR_US, last, "hours since the epoch, UTC, of this day")
-        )
-    elif table == "truth":
-        found += [
-            names("task", [t.name for t in dataset.tasks]),
-            between("probability", 0.0, 1.0, "a probability is between 0 and 1"),
-        ]
-    elif table == "user_embeddings":
-        found += [one("snapshot"), one("embeddings"), one("dim")]
-        found.append(between("pooled_days", 1, 3, "pooled is the mean over ds, ds - 1 and ds - 2"))
+    found += kind.expectations(dataset, ds, expect)
     return ExpectationSuite(name=f"{dataset.name}.{table}", expectations=found)
+
+
+def checked(dataset: Dataset, table: str, ds: str, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """What the suite of `table` looks at of a batch: key, plain and fault columns, one row per row."""
+    kind, shape = KINDS[table], contract(dataset, table)
+    columns = {f.name: batch.column(f.name) for f in shape.schema if f.name in batch.schema.names}
+    faults = Faults(batch.num_rows, kind.faults)
+    check_incomplete(shape.schema, columns, faults)
+    kind.check(dataset, ds, columns, faults)
+    kept = {n: columns[n] for n in dict.fromkeys((*shape.key, *kind.plain))}
+    # A null key or time is a fault already; filled, the column keeps its integer type in pandas.
+    kept = {n: c.fill_null(-1) if pa.types.is_integer(c.type) else c for n, c in kept.items()}
+    kept |= {n: pa.array(c, pa.string()) for n, c in faults.columns.items()}
+    kept = {n: c.dictionary_encode() if n in _NAMES else c for n, c in kept.items()}
+    return pa.RecordBatch.from_pydict(kept)
 
 
 def validate(

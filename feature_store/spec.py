@@ -1,6 +1,6 @@
 """The spec: one frozen description of a dataset, from which everything else is derived.
 
-Table schemas and contracts (`tables.py`), quality suites (`quality.py`), the loader's batches, the
+Table contracts and their checks (`tables/`), quality suites (`quality.py`), the loader's batches, the
 models' feature keys and their order, and the DAGs all read a `Dataset`; none of them declares a
 column again. A contradiction fails here, when the spec is built, naming the field, the value and
 the remedy. How a table is sized or a task is weighted is model configuration and is not here.

@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from feature_store.columns import dense_column, scores_column, sparse_column, user_attribute_column
 from feature_store.days import DAY_US, HOUR_US
-from feature_store.lineage import cutoff_us, event_days
 from feature_store.spec import Aggregate, Dataset, DenseFeature, IdType, SparseFeature
 from feature_store.spec_parts import MAX_FLOAT32
-from feature_store.tables import (
-    contract,
-    dense_column,
-    scores_column,
-    sparse_column,
-    user_attribute_column,
-)
+from feature_store.tables import contract
+from feature_store.tables.aggregates import cutoff_us, event_days
 from jobs.frames import (
     conform,
     days_from,

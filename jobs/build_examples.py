@@ -21,14 +21,10 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from feature_store.columns import context_column, history_column, history_end_column
 from feature_store.days import shift
 from feature_store.spec import Dataset, EventStream
-from feature_store.tables import (
-    context_column,
-    contract,
-    history_column,
-    history_end_column,
-)
+from feature_store.tables import contract
 from jobs import item_features
 from jobs.build_sequences import load_before
 from jobs.frames import (

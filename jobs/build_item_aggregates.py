@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from feature_store.columns import counts_column, history_column, value_type
 from feature_store.days import shift
 from feature_store.spec import Dataset, IdType
-from feature_store.tables import (
-    co_occurrence_columns,
-    contract,
-    counts_column,
-    history_column,
-    value_type,
-)
+from feature_store.tables import contract
+from feature_store.tables.item_aggregates import co_occurrence_columns
 from jobs import item_features
 from jobs.build_sequences import load_before
 from jobs.frames import (

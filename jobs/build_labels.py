@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from feature_store.columns import NO_LABEL, context_column, label_column
 from feature_store.days import day_range, end_us, micros, shift
 from feature_store.spec import Dataset, EventLabel, GivenLabel, Kind, Task
-from feature_store.tables import NO_LABEL, context_column, contract, label_column
+from feature_store.tables import contract
 from jobs.frames import conform, is_id, publish, read, values
 
 if TYPE_CHECKING:

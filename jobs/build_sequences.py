@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from feature_store.columns import history_column
 from feature_store.days import day_range, parse_day, shift
 from feature_store.errors import MissingPartitionError
 from feature_store.spec import Dataset
-from feature_store.tables import contract, history_column
+from feature_store.tables import contract
 from jobs.frames import (
     conform,
     days_from,

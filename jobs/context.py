@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from feature_store import datasets
 from feature_store.days import parse_day
 from feature_store.errors import DataError, SpecError
+from feature_store.pipeline import FEATURE_JOBS
 from feature_store.spec import Dataset, Task
 from jobs import failures
 from jobs.failures import DONE, INTERRUPTED
@@ -39,11 +40,7 @@ if TYPE_CHECKING:
 
 JOBS = (
     "ingest",
-    "build_sequences",
-    "build_aggregates",
-    "build_item_aggregates",
-    "build_examples",
-    "build_labels",
+    *FEATURE_JOBS,
     "train_upstream",
     "publish_embeddings",
     "train_downstream",
@@ -240,11 +237,10 @@ def run(jobs: Sequence[str], args: argparse.Namespace) -> int:
 
 def is_current(job: str, context: JobContext) -> bool:
     """Whether every table that a feature job writes of the context's day is there and current."""
-    from feature_store.ledger import PRODUCERS
-    from feature_store.lineage import feature_tables
+    from feature_store.tables import KINDS, feature_tables
 
     lineage, ds = context.lake.lineage(), context.ds
-    tables = [t for t in feature_tables(context.dataset) if PRODUCERS[t] == job]
+    tables = [t for t in feature_tables(context.dataset) if KINDS[t].job == job]
     written = all(lineage.get(t, ds) for t in tables)
     return bool(tables) and written and not any(lineage.stale(t, ds) for t in tables)
 

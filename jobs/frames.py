@@ -8,16 +8,10 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from feature_store.columns import MISSING_ID, MISSING_STRING, history_column, value_type
 from feature_store.days import HOUR_US, day_range
 from feature_store.spec import Attribute, Dataset, EventStream, IdType, Kind
-from feature_store.tables import (
-    MISSING_ID,
-    MISSING_STRING,
-    Table,
-    contract,
-    history_column,
-    value_type,
-)
+from feature_store.tables import Table, contract
 
 if TYPE_CHECKING:
     from feature_store.lake import Lake

@@ -19,10 +19,10 @@ from functools import reduce
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from feature_store.columns import id_type, label_column, value_type
 from feature_store.days import DAY_US, end_us, micros, start_us
 from feature_store.errors import DataError
 from feature_store.spec import Dataset, EventStream, IdType
-from feature_store.tables import id_type, label_column, value_type
 from jobs.frames import spark_type
 from jobs.ingest_values import Problem, Values
 

@@ -14,11 +14,11 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from feature_store.columns import id_type, value_type
 from feature_store.days import DAY_US
 from feature_store.errors import DataError
 from feature_store.spec import Attribute, IdType, Kind
 from feature_store.spec_parts import MAX_FLOAT32
-from feature_store.tables import id_type, value_type
 from jobs.frames import spark_type
 
 _PLAUSIBLE_DAYS = 400  # a time that is this near to the day after a change of unit was in that unit

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from feature_store.columns import item_feature_column
 from feature_store.days import HOUR_US, shift, start_us
 from feature_store.spec import Dataset
-from feature_store.tables import item_feature_column
 from jobs.frames import days_from, read
 
 if TYPE_CHECKING:

@@ -212,7 +212,7 @@ def write_predictions(dataset: Dataset, scored: dict[str, Scored], path: Path) -
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from feature_store.tables import id_type
+    from feature_store.columns import id_type
     from jobs.training.checkpoints import replacing
     from jobs.training.ids import held_out
 

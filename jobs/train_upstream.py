@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from feature_store.days import shift
 from feature_store.errors import QualityError
-from feature_store.lineage import definition
 from feature_store.spec import Dataset
+from feature_store.tables import definition
 from jobs.context import JobContext, main
 from jobs.text import number
 from jobs.training.results import EVALUATION, RESULT
@@ -392,7 +392,7 @@ def write_evaluation(dataset: Dataset, scored: Scored, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from feature_store.tables import id_type
+    from feature_store.columns import id_type
     from jobs.training.checkpoints import replacing
     from jobs.training.ids import held_out
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from feature_store.tables import NO_LABEL
+from feature_store.columns import NO_LABEL
 from models.outputs import Outputs
 
 

@@ -10,9 +10,9 @@ import math
 import struct
 from collections.abc import Iterable
 
+from feature_store.columns import MISSING_ID, NO_LABEL, label_column, missing_value
 from feature_store.days import DAY_US, HOUR_US, day_range, end_us, micros, shift
 from feature_store.spec import Aggregate, Attribute, Dataset, EventLabel, Kind
-from feature_store.tables import MISSING_ID, NO_LABEL, label_column, missing_value
 from tests.tiny import Row
 
 State = dict[object, dict[str, list[Row]]]

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from feature_store.days import DAY_US, HOUR_US, day_range, end_us, shift, start_us
 from feature_store.ledger import Partition
-from feature_store.lineage import Lineage, definition
+from feature_store.lineage import Lineage
 from feature_store.spec import (
     Aggregate,
     Attribute,
@@ -32,7 +32,7 @@ from feature_store.spec import (
     Task,
     UserAttribute,
 )
-from feature_store.tables import contract
+from feature_store.tables import contract, definition
 
 FIRST_DAY = "2024-05-01"
 

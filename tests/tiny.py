@@ -14,6 +14,7 @@ from datetime import timedelta
 import pyarrow as pa
 from hypothesis import strategies as st
 
+from feature_store.columns import label_column
 from feature_store.days import HOUR_US, day_of, day_range, end_us, micros, start_us
 from feature_store.spec import (
     Aggregate,
@@ -32,7 +33,7 @@ from feature_store.spec import (
     Task,
     UserAttribute,
 )
-from feature_store.tables import contract, label_column
+from feature_store.tables import contract
 
 DAYS = day_range("2024-03-01", "2024-03-05")
 _GRID_US = HOUR_US // 2

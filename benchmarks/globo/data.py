@@ -18,10 +18,10 @@ import numpy as np
 from benchmarks.globo import summaries
 from benchmarks.globo.results import Predictions
 from benchmarks.globo.split import Split, rows_of, shown_on
+from feature_store.columns import NO_LABEL
 from feature_store.errors import DataError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
-from feature_store.tables import NO_LABEL
 from jobs.training.checkpoints import replacing
 from jobs.training.loader import Limits, cuts
 from jobs.training.rows import Rows

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.globo.data import Flat
 from benchmarks.globo.results import PARTS, Predictions, joined, plain
-from feature_store.tables import NO_LABEL
+from feature_store.columns import NO_LABEL
 from jobs.training.ids import in_share
 from models.features import ITEM
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from feature_store.errors import DataError
 from feature_store.lake import Lake
-from feature_store.lineage import Lineage, feature_tables
+from feature_store.lineage import Lineage
 from feature_store.pipeline import Stage
 from feature_store.spec import Dataset
+from feature_store.tables import feature_tables
 from jobs.local.plan import Pair, Plan
 from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints

@@ -25,9 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_store.columns import MISSING_ID, before_column, beside_column, counts_column
 from feature_store.days import DAY_US, HOUR_US, micros, shift, start_us
 from feature_store.spec import CoOccurrence, Dataset
-from feature_store.tables import MISSING_ID, before_column, beside_column, counts_column
 from jobs.training.ids import int64_ids, mix
 from models.features import ITEM, pair_number_names
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_store.tables import MISSING_ID, MISSING_STRING
+from feature_store.columns import MISSING_ID, MISSING_STRING
 
 _HELD_OUT = np.uint64(0x68656C642D6F7574)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_store.columns import NO_LABEL
 from feature_store.errors import DataError
 from feature_store.spec import Dataset
-from feature_store.tables import NO_LABEL
 from jobs.training.ids import int64_ids
 from jobs.training.rows import jagged
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from feature_store.columns import NO_LABEL
 from feature_store.errors import SpecError
 from feature_store.spec import Dataset, IdType, Kind
-from feature_store.tables import NO_LABEL
 from jobs.training.average import Average
 from jobs.training.by_name import Loading, Taken
 from jobs.training.config import Shift

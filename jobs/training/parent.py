@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from feature_store.days import day_range, shift
 from feature_store.errors import MissingPartitionError, StalePartitionError
-from feature_store.lineage import definition
+from feature_store.tables import definition
 
 if TYPE_CHECKING:
     from feature_store.lake import Lake

@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from feature_store.errors import DataError
-from feature_store.spec import Attribute, Dataset, Kind
-from feature_store.tables import (
+from feature_store.columns import (
     MISSING_ID,
     NO_LABEL,
     context_column,
-    contract,
     dense_column,
     history_column,
     history_end_column,
@@ -28,6 +25,9 @@ from feature_store.tables import (
     sparse_column,
     user_attribute_column,
 )
+from feature_store.errors import DataError
+from feature_store.spec import Attribute, Dataset, Kind
+from feature_store.tables import contract
 from jobs.training.co_occurrence import CoOccurrences, with_co_occurrence
 from jobs.training.ids import int64_ids
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 
 from feature_store.days import HOUR_US, end_us, shift, start_us
-from feature_store.lineage import event_days
+from feature_store.tables.aggregates import event_days
 from jobs import build_aggregates, build_labels, build_sequences
 from jobs.frames import newest
 from tests import reference

@@ -11,8 +11,8 @@ from datetime import timedelta
 import pytest
 
 from feature_store.errors import StalePartitionError
-from feature_store.lineage import feature_tables
 from feature_store.spec import Aggregate, Attribute, Dataset, DenseFeature, EventLabel
+from feature_store.tables import feature_tables
 from jobs import (
     build_aggregates,
     build_examples,

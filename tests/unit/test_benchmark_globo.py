@@ -15,9 +15,9 @@ from benchmarks.globo.data import Flat, concat, flat_day, flatten
 from benchmarks.globo.lightgbm_peer import trial
 from benchmarks.globo.results import Predictions, Store, by_seed, difference, interval_text
 from benchmarks.globo.split import Split, base_rates, rows_of, shown_on
+from feature_store.columns import NO_LABEL
 from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
-from feature_store.tables import NO_LABEL
 from models.metrics import calibration, logloss, normalized_entropy
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 

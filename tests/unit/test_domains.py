@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
 
 from feature_store import datasets
+from feature_store.columns import NO_LABEL
 from feature_store.errors import SpecError
 from feature_store.model_names import MODELS
 from feature_store.spec import Attribute, Dataset, IdType
-from feature_store.tables import NO_LABEL
 from jobs.training import presets
 from jobs.training.checkpoints import state_hash
 from jobs.training.config import Shift, TrainingConfig

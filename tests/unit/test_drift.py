@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from feature_store.columns import NO_LABEL
 from feature_store.errors import SpecError
-from feature_store.tables import NO_LABEL
 from jobs.training.checkpoints import state_hash
 from jobs.training.config import Shift, TrainingConfig, from_plain, to_plain
 from jobs.training.loop import Learner, train

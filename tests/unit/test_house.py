@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "models": {"models", "feature_store"},
     "feature_store": {"feature_store"},
 }
-MODELS_MAY_READ = {"feature_store.spec", "feature_store.tables", "feature_store.errors"}
+MODELS_MAY_READ = {"feature_store.spec", "feature_store.columns", "feature_store.errors"}
 HEAVY = {"pyspark", "torch", "torchrec", "mlflow", "great_expectations", "pandas"}
 MAX_LINES = 450
 PRESETS = ROOT / "jobs/training/presets.py"  # model configuration, where it differs by dataset

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pytest
 
+from feature_store.columns import label_column
 from feature_store.days import HOUR_US, start_us
 from feature_store.spec import (
     Attribute,
@@ -20,7 +21,7 @@ from feature_store.spec import (
     Target,
     Task,
 )
-from feature_store.tables import label_column, reserved_names
+from feature_store.tables import reserved_names
 from jobs import ingest
 from jobs.ingest_duplicates import Dropped, dropped, find_conflict, first_of_each
 from jobs.ingest_rows import MARKS

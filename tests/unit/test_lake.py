@@ -28,9 +28,8 @@ from feature_store.errors import (
 )
 from feature_store.lake import Lake
 from feature_store.ledger import pin
-from feature_store.lineage import definition
 from feature_store.spec import Attribute, IdType, Kind
-from feature_store.tables import contract
+from feature_store.tables import contract, definition
 from tests.synthetic import FIRST_DAY, dataset, tables
 
 SPEC = replace(dataset(), simulated=True)

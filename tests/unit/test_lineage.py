@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from feature_store.content import content_hash
 from feature_store.errors import MissingPartitionError, StalePartitionError
 from feature_store.ledger import Partition
-from feature_store.lineage import FEATURES, SOURCES, Lineage, definition
+from feature_store.lineage import Lineage
 from feature_store.spec import Attribute, DenseFeature, EventLabel, Kind
+from feature_store.tables import SOURCES, definition, feature_tables
 from tests.tiny import DAYS, TINY
 
-BUILT = ("sequences", "aggregates", "item_aggregates", "examples", "labels")
+FEATURES = feature_tables(TINY)
 
 
 class Ledger:
@@ -115,11 +116,11 @@ def test_an_earlier_day_that_is_written_later_is_noticed() -> None:
         made.write("events", ds, ds)
         made.write("impressions", ds, ds)
     made.rows[0] = replace(made.rows[0])
-    for table in BUILT:
+    for table in FEATURES:
         made.write(table, DAYS[2])
     assert made.stale() == set()
     made.write("events", DAYS[0], "late")
-    assert {t for t, _ in made.stale()} == set(BUILT)
+    assert {t for t, _ in made.stale()} == set(FEATURES)
     with pytest.raises(StalePartitionError, match=f"made without events/{DAYS[0]}"):
         made.lineage.require("examples", [DAYS[2]])
 

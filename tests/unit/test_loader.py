@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from feature_store.columns import NO_LABEL
 from feature_store.days import shift
 from feature_store.errors import DataError
 from feature_store.spec import IdType
-from feature_store.tables import NO_LABEL
 from jobs.training.ids import held_out, int64_ids, mix
 from jobs.training.loader import (
     Limits,

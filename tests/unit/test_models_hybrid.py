@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from feature_store.columns import NO_LABEL
 from feature_store.spec import Dataset
-from feature_store.tables import NO_LABEL
 from models.batch import Batch
 from models.features import feature_plan
 from models.hybrid import Hybrid, HybridConfig

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from feature_store.columns import NO_LABEL
 from feature_store.spec import Dataset
-from feature_store.tables import NO_LABEL
 from models.batch import Batch, Sparse
 from models.encoders import Encoder, layer
 from models.event import event_positions

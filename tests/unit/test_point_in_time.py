@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from feature_store.days import HOUR_US, end_us, micros, start_us
 from feature_store.spec import GivenLabel, IdType
-from feature_store.tables import co_occurrence_columns
+from feature_store.tables.item_aggregates import co_occurrence_columns
 from jobs import build_aggregates
 from jobs.training.co_occurrence import CoOccurrences
 from jobs.training.ids import int64_ids

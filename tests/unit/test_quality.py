@@ -15,11 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pytest
 
-from feature_store.checks import checked
 from feature_store.days import HOUR_US, start_us
 from feature_store.errors import QualityError
 from feature_store.lake import Lake
-from feature_store.quality import suite, validate
+from feature_store.quality import checked, suite, validate
 from feature_store.spec import IdType
 from feature_store.tables import contract, contracts
 from tests.synthetic import FIRST_DAY, dataset, tables

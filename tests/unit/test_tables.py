@@ -8,10 +8,12 @@ import pyarrow as pa
 import pytest
 
 from feature_store import datasets
+from feature_store.columns import missing_value
 from feature_store.errors import SpecError
-from feature_store.ledger import PRODUCERS
+from feature_store.ledger import LEDGER
 from feature_store.spec import IdType
-from feature_store.tables import LEDGER, contract, contracts, missing_value
+from feature_store.tables import KINDS, contract, contracts
+from jobs.context import JOBS
 from tests.synthetic import dataset
 
 SPECS = [dataset(), dataset(user_id_type=IdType.STRING), *map(datasets.get, datasets.names())]
@@ -25,7 +27,7 @@ def test_every_table_has_its_key_and_partition_columns_once_and_required(spec) -
         assert table.partitioned_by[-1] == "ds"
         for column in (*table.key, *table.partitioned_by):
             assert not table.schema.field(column).nullable, (name, column)
-        assert name in PRODUCERS  # a missing partition can say which job writes it
+        assert KINDS[name].job in JOBS  # a missing partition can say which job writes it
 
 
 def test_user_and_item_ids_have_the_types_of_the_spec() -> None:

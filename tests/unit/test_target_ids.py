@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from feature_store.columns import NO_LABEL
 from feature_store.days import HOUR_US, start_us
 from feature_store.spec import Attribute, EventLabel, IdType, Kind, Task
 from feature_store.spec_parts import MAX_FLOAT32
-from feature_store.tables import NO_LABEL, contract
+from feature_store.tables import contract
 from jobs import build_aggregates, build_examples, build_labels
 from jobs.train_upstream import write_evaluation
 from jobs.training.loader import Limits, cuts
