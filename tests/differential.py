@@ -178,8 +178,8 @@ def ingested(world: World, lake: Lake) -> tuple[oracle.ByDay, oracle.ByDay]:
     ):
         got = {ds: lake.read(table, days=[ds]).to_pylist() for ds in world.days}
         for ds in world.days:
-            ours = sorted(_bits({k: v for k, v in r.items() if k != column}) for r in got[ds])
-            theirs = sorted(_bits({k: v for k, v in r.items() if k != column}) for r in want[ds])
+            ours = sorted(bits({k: v for k, v in r.items() if k != column}) for r in got[ds])
+            theirs = sorted(bits({k: v for k, v in r.items() if k != column}) for r in want[ds])
             assert ours == theirs, f"{table} of {ds}: {_difference(ours, theirs)}"
         kept = [
             r for rows in got.values() for r in rows if table == "events" or r["target"] in hashed
@@ -204,7 +204,7 @@ def _names_of(got: list[Row], want: list[Row], column: str) -> dict[Any, int]:
     def by_rows(rows: list[Row]) -> dict[tuple[str, ...], list[Any]]:
         rows_of = defaultdict(list)
         for row in rows:
-            rows_of[row[column]].append(_bits({k: v for k, v in row.items() if k != column}))
+            rows_of[row[column]].append(bits({k: v for k, v in row.items() if k != column}))
         found = defaultdict(list)
         for name, theirs in rows_of.items():
             found[tuple(sorted(theirs))].append(name)
@@ -220,12 +220,12 @@ def _names_of(got: list[Row], want: list[Row], column: str) -> dict[Any, int]:
 # -- comparison ------------------------------------------------------------------------------------
 
 
-def _bits(value: Any) -> str:
+def bits(value: Any) -> str:
     """Text that two values share only where they are the same to the bit (a NaN is a NaN)."""
     if isinstance(value, dict):
-        return str({k: _bits(value[k]) for k in sorted(value)})
+        return str({k: bits(value[k]) for k in sorted(value)})
     if isinstance(value, list):
-        return str([_bits(v) for v in value])
+        return str([bits(v) for v in value])
     if isinstance(value, float):
         return "nan" if math.isnan(value) else f"{value!r}f{struct.pack('<f', value).hex()}"
     return repr(value)
@@ -258,7 +258,7 @@ def compare(got: list[Row], want: list[Row], what: str, key: tuple[str, ...]) ->
                     math.isclose(a, b, rel_tol=2**-23) for a, b in zip(mine, value, strict=True)
                 )
             )
-            assert near or _bits(mine) == _bits(value), (
+            assert near or bits(mine) == bits(value), (
                 f"{what}, {dict(zip(key, name, strict=True))}, {column}:"
                 f"\n  is      {mine}\n  has to  {value}"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
@@ -9,7 +11,8 @@ from feature_store.days import shift
 from feature_store.spec import Dataset
 from feature_store.tables import contract
 from jobs import build_aggregates, build_examples, build_item_aggregates, build_sequences
-from tests import reference
+from tests import oracle, oracle_tables
+from tests.differential import compare
 from tests.tiny import DAYS, TINY, Row, World, arrow
 
 
@@ -31,23 +34,57 @@ def until(days: dict[str, list[Row]], last_day: str) -> list[Row]:
 
 
 def assert_same(got: list[Row], want: list[Row], table: str, dataset: Dataset = TINY) -> None:
-    """Two tables hold the same rows, floats to the bit, whatever their order."""
-    key = ("ds", *contract(dataset, table).key)
-    ours, theirs = reference.keyed(got, *key), reference.keyed(want, *key)
-    assert sorted(ours, key=str) == sorted(theirs, key=str), f"{table}: other rows"
-    for name, row in theirs.items():
-        for column in sorted(row.keys() | ours[name].keys()):
-            assert ours[name][column] == row[column], f"{table} {name}: {column}"
+    """Two tables hold the same rows, to the bit, whatever their order."""
+    compare(got, want, table, ("ds", *contract(dataset, table).key))
+
+
+def typed(days: dict[str, list[Row]], dataset: Dataset = TINY) -> oracle.ByDay:
+    """`days` with values as `ingest` leaves them: floats of float32, and null for what is missing."""
+    attributes = {a.name: a for a in (*dataset.event_attributes, *dataset.context_features)}
+
+    def value(name: str, given: object) -> object:
+        if name not in attributes or given in (None, "", -1) or given != given:
+            return None if name in attributes else given
+        return oracle.typed(attributes[name], given)
+
+    return {ds: [{k: value(k, v) for k, v in r.items()} for r in rows] for ds, rows in days.items()}
+
+
+def want(world: World, table: str, ds: str, *, base: bool = True) -> list[Row]:
+    """The partition `ds` of a table by the oracle."""
+    days, shown = typed(world.events), typed(world.impressions)
+    if table == "sequences":
+        return oracle_tables.sequences(TINY, days, ds, base=base)
+    if table == "aggregates":
+        return oracle_tables.aggregates(TINY, days, ds)
+    if table == "item_aggregates":
+        return oracle_tables.item_aggregates(TINY, days, ds)
+    if table == "examples":
+        return oracle_tables.examples(TINY, days, shown, ds)
+    return oracle_tables.labels(TINY, days, shown, ds)
+
+
+def want_all(world: World, days: list[str], dataset: Dataset = TINY) -> dict[str, list[Row]]:
+    """The feature tables of a lake that holds `days` and nothing before them, by the oracle."""
+    events, shown = (
+        typed({ds: of[ds] for ds in days}, dataset) for of in (world.events, world.impressions)
+    )
+    found: dict[str, list[Row]] = defaultdict(list)
+    for ds in days:
+        base = ds == days[0] or build_sequences.is_base_day(dataset, ds)
+        for table, rows in oracle_tables.feature_tables(dataset, events, shown, ds, base=base).items():
+            found[table] += rows
+    return found
 
 
 def items_before(world: World, ds: str) -> list[Row]:
-    """Partitions of `item_aggregates` before `ds`, by the reference."""
-    return [r for d in DAYS if d < ds for r in reference.item_aggregates(world.events, TINY, d)]
+    """Partitions of `item_aggregates` before `ds`, by the oracle."""
+    return [r for d in DAYS if d < ds for r in want(world, "item_aggregates", d)]
 
 
 def build_items_of(spark: SparkSession, world: World, ds: str) -> DataFrame:
-    """The partition `ds` of `item_aggregates`, the days before it by the reference."""
-    held = reference.sequences(world.events, TINY, shift(ds, -1), base=True)
+    """The partition `ds` of `item_aggregates`, the days before it by the oracle."""
+    held = want(world, "sequences", shift(ds, -1))
     return build_item_aggregates.transform(
         frame(spark, world.events[ds], "events"),
         frame(spark, items_before(world, ds), "item_aggregates"),
@@ -61,7 +98,7 @@ def build_examples_of(
     spark: SparkSession, world: World, ds: str, *, look_first: bool = False
 ) -> list[Row]:
     """The partition `ds` of `examples` and what it is built from, in one query; only the item counts
-    come from the reference, since a chain of days would make the query grow.
+    come from the oracle, since a chain of days would make the query grow.
 
     Args:
         look_first: find out what is unusual about the day, as the job does.
@@ -69,7 +106,7 @@ def build_examples_of(
     yesterday = shift(ds, -1)
     before = frame(spark, until(world.events, yesterday), "events")
     state = build_sequences.rebuild(before, TINY, yesterday, base=True)
-    items = [*items_before(world, ds), *reference.item_aggregates(world.events, TINY, ds)]
+    items = [*items_before(world, ds), *want(world, "item_aggregates", ds)]
     served = build_aggregates.transform(before, TINY, yesterday)
     events = frame(spark, world.events[ds], "events")
     impressions = frame(spark, world.impressions[ds], "impressions")

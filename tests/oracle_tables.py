@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from feature_store.days import HOUR_US, day_range, micros, shift
+from feature_store.days import HOUR_US, micros, shift
 from feature_store.spec import (
     Aggregate,
     Dataset,
@@ -75,7 +75,7 @@ def history(dataset: Dataset, by_stream: dict[str, list[Row]], *columns: str) ->
 
 def sequences(dataset: Dataset, days: ByDay, ds: str, *, base: bool) -> list[Row]:
     """`sequences(ds)`: the users that `ds` touched; on a base day all of them."""
-    touched = {e["user_id"] for e in days[ds]}
+    touched = {e["user_id"] for e in days.get(ds, ())}
     return [
         {
             "user_id": user,
@@ -422,7 +422,7 @@ def feature_tables(
     dataset: Dataset, days: ByDay, shown: ByDay, ds: str, *, base: bool
 ) -> dict[str, list[Row]]:
     """The tables of one day, from `events` and `impressions` of all days, later ones included."""
-    until = {d: days[d] for d in day_range(dataset.first_day, ds)}
+    until = {d: rows for d, rows in days.items() if d <= ds}
     found = {
         "sequences": sequences(dataset, until, ds, base=base),
         "aggregates": aggregates(dataset, until, ds),

@@ -18,8 +18,8 @@ from jobs import (
 )
 from jobs.context import JobContext
 from jobs.settings import Settings
-from tests import reference
-from tests.frames import assert_same
+from tests import oracle_tables
+from tests.frames import assert_same, typed, want_all
 from tests.tiny import DAYS, TINY, Row, World, arrow, make_world
 
 JOBS = (
@@ -69,34 +69,16 @@ def _tables(context: JobContext) -> dict[str, list[Row]]:
     return {t: context.lake.read(t).to_pylist() for t in BUILT}
 
 
-def _want(days: list[str]) -> dict[str, list[Row]]:
-    events = {d: WORLD.events[d] for d in days}
-    impressions = {d: WORLD.impressions[d] for d in days}
-    base = {d: d == days[0] or build_sequences.is_base_day(TINY, d) for d in days}
-    examples = {
-        d: reference.examples(events, impressions, TINY, d, first=d == days[0]) for d in days
-    }
-    return {
-        "sequences": [r for d in days for r in reference.sequences(events, TINY, d, base=base[d])],
-        "aggregates": [r for d in days for r in reference.aggregates(events, TINY, d)],
-        "item_aggregates": [r for d in days for r in reference.item_aggregates(events, TINY, d)],
-        "examples": [r for rows in examples.values() for r in rows],
-        "labels": [
-            r for d in days for r in reference.labels(events, impressions, examples, TINY, d)
-        ],
-    }
-
-
 @pytest.mark.parametrize("engine", ["sail", "spark"], indirect=True)
-def test_two_days_on_either_engine_are_the_reference(make):
+def test_two_days_on_either_engine_are_those_of_the_oracle(make):
     days = DAYS[1:3]
     for day in days:
         _ingest(make(day))
         _build(make(day))
-    got, want = _tables(make(days[-1])), _want(days)
+    got, rows = _tables(make(days[-1])), want_all(WORLD, days)
     for table in BUILT:
-        assert want[table], f"{table}: the world is too small to prove anything"
-        assert_same(got[table], want[table], table)
+        assert rows[table], f"{table}: the world is too small to prove anything"
+        assert_same(got[table], rows[table], table)
 
 
 def test_ingested_backwards_and_built_twice_the_tables_are_the_same(make):
@@ -104,10 +86,10 @@ def test_ingested_backwards_and_built_twice_the_tables_are_the_same(make):
         _ingest(make(day))
     for day in DAYS:
         _build(make(day))
-    want = _want(DAYS)
+    rows = want_all(WORLD, DAYS)
     once = _tables(make(DAYS[-1]))
     for table in BUILT:
-        assert_same(once[table], want[table], table)
+        assert_same(once[table], rows[table], table)
     for day in (DAYS[3], DAYS[1]):  # an earlier day again, after later ones were built
         _ingest(make(day))
         _build(make(day))
@@ -154,7 +136,6 @@ def test_sequences_made_under_another_spec_are_rebuilt_not_merged(make):
         build_sequences.run(make(day))
     build_sequences.run(make(DAYS[2], dataset=longer))
     lake = make(DAYS[2], dataset=longer).lake
-    events = {d: WORLD.events[d] for d in DAYS[:3]}
-    want = reference.sequences(events, longer, DAYS[2], base=True)
-    assert_same(lake.read("sequences", days=[DAYS[2]]).to_pylist(), want, "sequences")
+    rows = oracle_tables.sequences(longer, typed(WORLD.events), DAYS[2], base=True)
+    assert_same(lake.read("sequences", days=[DAYS[2]]).to_pylist(), rows, "sequences")
     assert lake.partitions("sequences")[DAYS[2]].notes["base"] is True

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from feature_store.days import HOUR_US, shift, start_us
 from jobs import build_examples, build_sequences
 from jobs.build_examples import Unusual
-from tests import reference
-from tests.frames import assert_same, build_examples_of, frame
+from tests import oracle_tables
+from tests.frames import assert_same, build_examples_of, frame, typed, want
 from tests.tiny import DAYS, TINY, World, event, make_world, target, worlds
 
 DS = DAYS[3]
@@ -16,26 +16,27 @@ DS = DAYS[3]
 
 @settings(max_examples=5)
 @given(world=worlds())
-def test_examples_equal_the_naive_reference(spark, world):
-    want = reference.examples(world.events, world.impressions, TINY, DS, first=False)
-    assert_same(build_examples_of(spark, world, DS), want, "examples")
-    assert_same(build_examples_of(spark, world, DS, look_first=True), want, "examples")
+def test_examples_are_those_of_the_oracle(spark, world):
+    examples = want(world, "examples", DS)
+    assert_same(build_examples_of(spark, world, DS), examples, "examples")
+    assert_same(build_examples_of(spark, world, DS, look_first=True), examples, "examples")
 
 
 @settings(max_examples=4)
 @given(world=worlds())
 def test_every_target_sees_the_newest_of_all_events_before_it(spark, world):
     """Against a join per target that knows nothing of parts, states or packing."""
-    state = reference.states(world.events, TINY, shift(DS, -1))
+    state = oracle_tables.state(TINY, typed(world.events), shift(DS, -1))
     shown = {t["target_id"]: t for t in world.impressions[DS]}
     for row in build_examples_of(spark, world, DS):
-        held = state.get(row["user_id"], {})
+        user = row["user_id"]
+        held = state.get(user, {s.name: [] for s in TINY.streams})
+        new = oracle_tables.first_deliveries(held, oracle_tables.of_user(world.events[DS], user))
         for i, target_id in enumerate(row["targets__target_id"]):
             as_of = shown.pop(target_id)["as_of"]
             for stream in TINY.streams:
-                old = held.get(stream.name, [])
-                new = reference.unseen(world.events[DS], row["user_id"], stream.name, old)
-                known = [e["event_time"] for e in old + new if e["available_time"] < as_of]
+                line = [*held[stream.name], *(e for e in new if e["stream"] == stream.name)]
+                known = [e["event_time"] for e in line if e["available_time"] < as_of]
                 end = row[f"targets__history_end__{stream.name}"][i]
                 seen = row[f"history__{stream.name}__event_time"][:end]
                 assert end == len(seen)
@@ -94,6 +95,5 @@ def test_a_user_with_one_event_and_a_user_with_none(spark):
 def test_a_day_without_events_or_without_targets(spark):
     world = make_world(seed=1, users=3, events=60, targets=40)
     quiet = World(events={**world.events, DS: []}, impressions=world.impressions)
-    want = reference.examples(quiet.events, quiet.impressions, TINY, DS, first=False)
-    assert_same(build_examples_of(spark, quiet, DS), want, "examples")
+    assert_same(build_examples_of(spark, quiet, DS), want(quiet, "examples", DS), "examples")
     assert build_examples_of(spark, World(events=world.events), DS) == []

@@ -1,4 +1,4 @@
-"""Sequences, aggregates, item counts and labels equal a naive reference; incremental equals full."""
+"""Sequences, aggregates, item counts and labels are those of the oracle; incremental equals full."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from feature_store.days import HOUR_US, end_us, shift, start_us
 from feature_store.tables.aggregates import event_days
 from jobs import build_aggregates, build_labels, build_sequences
 from jobs.frames import newest
-from tests import reference
-from tests.frames import assert_same, build_examples_of, build_items_of, frame, rows_of, until
+from tests.frames import (
+    assert_same,
+    build_examples_of,
+    build_items_of,
+    frame,
+    rows_of,
+    until,
+    want,
+)
 from tests.tiny import DAYS, TINY, Row, World, event, target, worlds
 
 
@@ -25,9 +32,9 @@ def test_incremental_sequences_equal_a_full_rebuild_on_every_day(spark, world):
         everything = frame(spark, until(world.events, day), "events")
         full = build_sequences.rebuild(everything, TINY, day, base=base)
         written[day] = rows_of(incremental)
-        want = reference.sequences(world.events, TINY, day, base=base)
-        assert_same(written[day], want, "sequences")
-        assert_same(rows_of(full), want, "sequences")
+        rows = want(world, "sequences", day, base=base)
+        assert_same(written[day], rows, "sequences")
+        assert_same(rows_of(full), rows, "sequences")
 
 
 def test_an_event_delivered_again_is_dropped_while_the_state_holds_it(spark):
@@ -50,19 +57,19 @@ def test_an_event_delivered_again_is_dropped_while_the_state_holds_it(spark):
 
 @settings(max_examples=5)
 @given(world=worlds())
-def test_aggregates_equal_the_naive_reference(spark, world):
+def test_aggregates_are_those_of_the_oracle(spark, world):
     day = DAYS[3]
     events = [e for d in event_days(TINY, day) for e in world.events.get(d, [])]
     got = build_aggregates.transform(frame(spark, events, "events"), TINY, day)
-    assert_same(rows_of(got), reference.aggregates(world.events, TINY, day), "aggregates")
+    assert_same(rows_of(got), want(world, "aggregates", day), "aggregates")
 
 
 @settings(max_examples=5)
 @given(world=worlds())
-def test_item_counts_by_the_hour_equal_the_naive_reference(spark, world):
+def test_item_counts_by_the_hour_are_those_of_the_oracle(spark, world):
     for day in DAYS[:3]:
-        want = reference.item_aggregates(world.events, TINY, day)
-        assert_same(rows_of(build_items_of(spark, world, day)), want, "item_aggregates")
+        rows = want(world, "item_aggregates", day)
+        assert_same(rows_of(build_items_of(spark, world, day)), rows, "item_aggregates")
 
 
 def _labels(spark, world: World, examples: dict[str, list[Row]], ds: str) -> list[Row]:
@@ -78,14 +85,10 @@ def _labels(spark, world: World, examples: dict[str, list[Row]], ds: str) -> lis
 
 @settings(max_examples=5)
 @given(world=worlds())
-def test_labels_equal_the_naive_reference(spark, world):
+def test_labels_are_those_of_the_oracle(spark, world):
     ds = DAYS[3]
-    examples = {
-        d: reference.examples(world.events, world.impressions, TINY, d, first=False)
-        for d in (shift(ds, -1), ds)
-    }
-    want = reference.labels(world.events, world.impressions, examples, TINY, ds)
-    assert_same(_labels(spark, world, examples, ds), want, "labels")
+    examples = {d: want(world, "examples", d) for d in (shift(ds, -1), ds)}
+    assert_same(_labels(spark, world, examples, ds), want(world, "labels", ds), "labels")
 
 
 def _one_target_and_a_click(available: int) -> tuple[World, dict[str, list[Row]]]:
@@ -97,8 +100,7 @@ def _one_target_and_a_click(available: int) -> tuple[World, dict[str, list[Row]]
     delay = TINY.stream("click").delay.seconds * 1_000_000
     click = event(10, "click", 1, as_of + HOUR_US, ingest=available - delay, article=5)
     world.events[click["ds"]].append(click)
-    examples = reference.examples(world.events, world.impressions, TINY, DAYS[1], first=False)
-    return world, {DAYS[1]: examples}
+    return world, {DAYS[1]: want(world, "examples", DAYS[1])}
 
 
 def test_labels_appear_on_the_day_they_are_final_and_on_no_other(spark):
@@ -127,8 +129,8 @@ def test_an_event_at_the_target_itself_or_past_its_limit_is_no_answer(spark):
         time = as_of + HOUR_US
         world.impressions[DAYS[1]] = [target(1, "ad", 1, as_of, time=time, item_id=5)]
         world.events[DAYS[1]] = [event(10, "click", 1, time + after, article=5)]
-        examples = reference.examples(world.events, world.impressions, TINY, DAYS[1], first=False)
-        labels = _labels(spark, world, {DAYS[1]: examples}, DAYS[2])
+        examples = {DAYS[1]: want(world, "examples", DAYS[1])}
+        labels = _labels(spark, world, examples, DAYS[2])
         assert {r["task"]: r["labels"] for r in labels}["click_6h"] == [answer]
 
 
@@ -139,7 +141,6 @@ def test_a_missing_item_matches_no_event(spark):
     world.events[DAYS[1]] = [
         event(10 + i, "click", 1, as_of + HOUR_US, article=a) for i, a in enumerate((None, -1))
     ]
-    examples = reference.examples(world.events, world.impressions, TINY, DAYS[1], first=False)
-    labels = _labels(spark, world, {DAYS[1]: examples}, DAYS[2])
+    labels = _labels(spark, world, {DAYS[1]: want(world, "examples", DAYS[1])}, DAYS[2])
     assert {r["task"]: r["labels"] for r in labels}["click_6h"] == [0]
     assert build_examples_of(spark, world, DAYS[1])[0]["targets__item_id"] == [-1]

@@ -32,6 +32,7 @@ from jobs.context import JobContext
 from jobs.settings import Settings
 from jobs.sources import SourceDay
 from tests import synthetic
+from tests.differential import bits
 from tests.names import (
     DAYS,
     back,
@@ -42,7 +43,6 @@ from tests.names import (
     under_names,
     world,
 )
-from tests.reference import bits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 _BUILT = (
@@ -59,7 +59,7 @@ _BUILT = (
 def _rows(table: pa.Table) -> list[str]:
     """Rows in an order of their own, floats as bits. Ids of events are hashed with the stream's name."""
     columns = [n for n in table.schema.names if not n.endswith("event_id")]
-    return sorted(str(bits(list(row.values()))) for row in table.select(columns).to_pylist())
+    return sorted(bits(list(row.values())) for row in table.select(columns).to_pylist())
 
 
 def _assert_same(got: pa.Table, want: pa.Table, what: str) -> None:

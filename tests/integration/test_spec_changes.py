@@ -22,9 +22,8 @@ from jobs import (
 )
 from jobs.context import JobContext, is_current
 from jobs.training.loader import labelled_day
-from tests import reference
-from tests.frames import assert_same
-from tests.tiny import DAYS, TINY, Row, World, arrow, make_world
+from tests.frames import assert_same, want_all
+from tests.tiny import DAYS, TINY, World, arrow, make_world
 
 JOBS = {
     "build_sequences": build_sequences,
@@ -83,27 +82,9 @@ def bring_up_to_date(make: Make, dataset: Dataset, days: list[str]) -> set[str]:
     return written
 
 
-def clean_build(dataset: Dataset, days: list[str]) -> dict[str, list[Row]]:
-    """The tables of `days` by the naive reference."""
-    world = _world(dataset)
-    events = {d: world.events[d] for d in days}
-    impressions = {d: world.impressions[d] for d in days}
-    examples = {
-        d: reference.examples(events, impressions, dataset, d, first=d == days[0]) for d in days
-    }
-    return {
-        "aggregates": [r for d in days for r in reference.aggregates(events, dataset, d)],
-        "item_aggregates": [r for d in days for r in reference.item_aggregates(events, dataset, d)],
-        "examples": [r for rows in examples.values() for r in rows],
-        "labels": [
-            r for d in days for r in reference.labels(events, impressions, examples, dataset, d)
-        ],
-    }
-
-
 def assert_clean(make: Make, dataset: Dataset, days: list[str]) -> None:
     lake = make(dataset, days[-1]).lake
-    for table, want in clean_build(dataset, days).items():
+    for table, want in want_all(_world(dataset), days, dataset).items():
         lake.require(table, days)
         assert want, f"{table}: the world is too small to prove anything"
         assert_same(lake.read(table, days=days).to_pylist(), want, table, dataset)

@@ -14,8 +14,11 @@ from jobs.training.checkpoints import (
     Checkpoints,
     Snapshot,
     _record,
+    _sum,
+    is_whole,
     run_hash,
     state_hash,
+    write_state,
 )
 from jobs.training.config import from_plain, to_plain
 from jobs.training.presets import Preset, preset
@@ -190,6 +193,7 @@ def test_a_state_that_is_not_what_was_written_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match=COMMAND):
         checkpoints.load(f"sum-x-{DAYS[0]}")
+    assert checkpoints.trained(DAYS[0], "a") is None
     path.write_bytes(whole)
     assert torch.equal(
         checkpoints.load(f"sum-x-{DAYS[0]}")["weights"]["w1"], STATE["weights"]["w1"]
@@ -197,10 +201,23 @@ def test_a_state_that_is_not_what_was_written_is_refused(tmp_path):
     assert checkpoints.trained(DAYS[0], "a") is not None
 
 
+def test_the_whole_of_a_large_state_counts(tmp_path):
+    path = tmp_path / "state.pt"
+    write_state(path, {"w": torch.zeros(2**20)})
+    assert is_whole(path)
+    with path.open("r+b") as file:
+        file.seek(3 * 2**20)
+        file.write(b"rot")
+    assert not is_whole(path)
+
+
 def test_a_record_that_is_not_what_was_written_is_refused(tmp_path):
     checkpoints, folder = _kept(tmp_path)
     path = folder / "snapshot.json"
-    for data in _damages(path.read_bytes()):
+    other = {k: v for k, v in json.loads(path.read_bytes()).items() if k != "sha256"}
+    other |= {"colour": "red"}  # of other code, and whole
+    foreign = [b"[]", b"3", b"{}", json.dumps(other | {"sha256": _sum(other)}).encode()]
+    for data in (*_damages(path.read_bytes()), *foreign):
         path.write_bytes(data)
         if checkpoints.snapshots(DAYS[0]):
             assert json.loads(data) == json.loads(_record(_snapshot(DAYS[0], run="a")))  # a blank
@@ -208,6 +225,9 @@ def test_a_record_that_is_not_what_was_written_is_refused(tmp_path):
         with pytest.raises(DataError, match=COMMAND):
             checkpoints.get(f"sum-x-{DAYS[0]}")
         assert checkpoints.trained(DAYS[0], "a") is None
+    path.unlink()
+    with pytest.raises(DataError, match=COMMAND):
+        checkpoints.get(f"sum-x-{DAYS[0]}")
 
 
 @pytest.mark.parametrize("name", ["state.pt", "snapshot.json"])

@@ -176,10 +176,15 @@ def test_an_empty_commit_is_seen_before_anything_is_read(lake: Lake) -> None:
         damage.check_commits(str(base(lake)), SPEC)
 
 
-def test_what_failed_on_damaged_files_is_explained_by_them(lake: Lake) -> None:
+def test_what_failed_on_damaged_files_is_explained_by_them(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = Settings.from_env({"HEADWATER_HOME": str(base(lake).parents[1])})
     assert settings.lake_root == str(base(lake).parent)
     assert failures.explain(RuntimeError("parquet"), settings, SPEC) is None
+    with monkeypatch.context() as patch:  # what looks for damage hides nothing behind an error of its own
+        patch.setattr(damage, "check_commits", lambda *_: 1 / 0)
+        assert failures.explain(RuntimeError("parquet"), settings, SPEC) is None
     data_file(lake, SECOND).unlink()
     with pytest.raises(FileNotFoundError) as raised:
         rows(lake)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 import stat
 from collections.abc import Callable
@@ -82,6 +83,56 @@ def test_a_full_database_is_a_full_disk(tmp_path: Path) -> None:
     assert failure.sentence.startswith("the disk is full")
 
 
+FULL, RIGHTS, AWAY, ENGINE = "the disk is full", "right to read and write", "move away", "the engine"
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "code"),
+    [
+        # an error number counts in every language
+        (OSError(errno.ENOSPC, "kein Platz", "/d/x"), FULL, FAILED),
+        (OSError(errno.EDQUOT, "kein Platz", "/d/x"), FULL, FAILED),
+        (OSError(errno.EACCES, "nein", "/d/x"), f"/d/x: Permission denied: give.*{RIGHTS}", USER_ERROR),
+        (OSError(errno.EROFS, "nein", "/d/x"), RIGHTS, USER_ERROR),
+        (OSError(errno.EPERM, "nein", "/d/x"), RIGHTS, USER_ERROR),
+        (OSError(errno.EEXIST, "da", __file__), f"{__file__}: File exists: {AWAY}", USER_ERROR),
+        (OSError(errno.ENOTDIR, "nein", "/d/x"), f"/d/x: Not a directory: {AWAY}", USER_ERROR),
+        (OSError(errno.EISDIR, "nein", "/d/x"), AWAY, USER_ERROR),
+        # and the text, where there is no number
+        (RuntimeError("IO error: No space left on device (os error 28)"), FULL, FAILED),
+        (RuntimeError("LocalFileSystem: Disk quota exceeded (os error 122)"), FULL, FAILED),
+        (RuntimeError("PytorchStreamWriter failed writing file data/7"), FULL, FAILED),
+        (RuntimeError("[enforce fail] unexpected pos 576 vs 470"), FULL, FAILED),
+        (OSError("100000 requested and 4080 written"), FULL, FAILED),
+        (RuntimeError("Generic error: Permission denied (os error 13)"), RIGHTS, USER_ERROR),
+        (RuntimeError("Generic error: Read-only file system (os error 30)"), RIGHTS, USER_ERROR),
+        (RuntimeError("java.nio.file.AccessDeniedException: /d/x"), RIGHTS, USER_ERROR),
+        (RuntimeError("attempt to write a readonly database"), RIGHTS, USER_ERROR),
+        (RuntimeError("unable to open database file"), RIGHTS, USER_ERROR),
+        (RuntimeError("Unable to open: Not a directory (os error 20)"), AWAY, USER_ERROR),
+        (RuntimeError("Unable to open: Is a directory (os error 21)"), AWAY, USER_ERROR),
+        (RuntimeError("status = StatusCode.UNAVAILABLE"), f"^{ENGINE} did not answer", FAILED),
+        (RuntimeError("failed to connect to all addresses"), f"^{ENGINE} did not", FAILED),
+        # in one line, whatever was raised
+        (DataError("two\n  lines"), "^two lines$", USER_ERROR),
+        (TransientError("two\n  lines"), "^two lines$", FAILED),
+    ],
+)  # fmt: skip
+def test_what_gives_way_has_a_sentence_and_an_exit_code(
+    error: Exception, says: str, code: int
+) -> None:
+    failure = failures.explain(error)
+    assert failure is not None and failure.code == code
+    assert re.search(says, failure.sentence)
+
+
+def test_a_cluster_that_does_not_answer_is_named() -> None:
+    settings = Settings.from_env({"SPARK_REMOTE": "sc://host:15002"})
+    failure = failures.explain(RuntimeError("StatusCode.UNAVAILABLE"), settings)
+    assert failure is not None
+    assert failure.sentence.startswith("SPARK_REMOTE is sc://host:15002: the cluster did not answer")
+
+
 def test_a_disk_without_room_explains_what_says_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,13 +156,6 @@ def test_a_file_where_a_folder_belongs_is_named(tmp_path: Path) -> None:
         assert str(tmp_path / "spark") in failure.sentence and "move away" in failure.sentence
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
-def test_a_path_that_must_not_be_written_is_named(number: int) -> None:
-    failure = failures.explain(OSError(number, "no", "/data/home/models"))
-    assert failure is not None and failure.code == USER_ERROR
-    assert "/data/home/models" in failure.sentence and "right to read and write" in failure.sentence
-
-
 @pytest.mark.parametrize(
     "error", [ZeroDivisionError("ours"), KeyError("x"), FileExistsError(errno.EEXIST, "", "/tmp")]
 )
@@ -127,6 +171,9 @@ def test_what_gave_way_is_found_under_what_was_raised() -> None:
             raise RuntimeError("could not clear up")
     except RuntimeError as error:
         assert failures.explain(error) == failures.Failure(code=FAILED, sentence="the engine ended")
+    error = RuntimeError("could not clear up")
+    error.__cause__ = TransientError("the engine ended")
+    assert failures.explain(error) == failures.Failure(code=FAILED, sentence="the engine ended")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from feature_store.tables.item_aggregates import co_occurrence_columns
 from jobs import build_aggregates
 from jobs.training.co_occurrence import CoOccurrences
 from jobs.training.ids import int64_ids
-from tests import reference
+from tests.differential import bits
 from tests.frames import build_examples_of, build_items_of, frame, items_before, rows_of
 from tests.synthetic import MemoryLake
 from tests.tiny import DAYS, TINY, Row, World, arrow, event, target, worlds
@@ -30,13 +30,13 @@ def _features(rows: list[Row], target_id: int) -> Row:
         if target_id not in row["targets__target_id"]:
             continue
         i = row["targets__target_id"].index(target_id)
-        seen = {k: reference.bits(v[i]) for k, v in row.items() if k.startswith("targets__")}
+        seen = {k: bits(v[i]) for k, v in row.items() if k.startswith("targets__")}
         for stream in TINY.streams:
             prefix = f"history__{stream.name}__"
             end = row[f"targets__history_end__{stream.name}"][i]
-            seen |= {k: reference.bits(v[:end]) for k, v in row.items() if k.startswith(prefix)}
+            seen |= {k: bits(v[:end]) for k, v in row.items() if k.startswith(prefix)}
         users = ("user__", "sparse__", "dense__", "has_")
-        return seen | {k: reference.bits(v) for k, v in row.items() if k.startswith(users)}
+        return seen | {k: bits(v) for k, v in row.items() if k.startswith(users)}
     raise AssertionError(f"target {target_id} is in no row")
 
 
@@ -228,7 +228,7 @@ def test_no_feature_reads_a_label(spark):
         labels = {f"label__{c}": answer for c in columns}
         world.impressions[DS] = [target(1, "ad", 1, as_of, item_id=5, **labels)]
         rows.append(build_examples_of(spark, world, DS))
-    assert reference.bits([list(r[0].values()) for r in rows[:1]]) == reference.bits(
+    assert bits([list(r[0].values()) for r in rows[:1]]) == bits(
         [list(r[0].values()) for r in rows[1:2]]
     )
-    assert reference.bits(list(rows[1][0].values())) == reference.bits(list(rows[2][0].values()))
+    assert bits(list(rows[1][0].values())) == bits(list(rows[2][0].values()))
