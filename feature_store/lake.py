@@ -113,7 +113,7 @@ class Lake:
 
     def lineage(self) -> Lineage:
         """What the ledger holds at this moment."""
-        return Lineage(self.dataset, lambda table: ledger.rows(self._ledger, table))
+        return Lineage(self.dataset, ledger.reader(self._ledger))
 
     def require(self, table: str, days: Sequence[str], model: str = "") -> dict[str, int]:
         """`{"<table>/<ds>": version}` of the named days, to read them by and to record as inputs.

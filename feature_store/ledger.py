@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from feature_store.columns import required
 from feature_store.tables import KINDS
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
 
 T = TypeVar("T")
 
@@ -150,17 +154,30 @@ def append(uri: str, partition: Partition) -> None:
 
 
 def rows(uri: str, table: str) -> list[Partition]:
-    """Every row about `table`, the newest of each partition last; empty where there is no ledger.
+    """Every row about `table`, the newest of each partition last; empty where there is no ledger."""
+    return reader(uri)(table)
 
-    A column that the ledger lacks, as an earlier release wrote it, reads as "".
-    """
+
+def reader(uri: str) -> Callable[[str], list[Partition]]:
+    """`rows` for any table, all of them at the version that the ledger has when the first is asked for."""
     from deltalake import DeltaTable
 
-    if not DeltaTable.is_deltatable(uri):
-        return []
+    @cache
+    def newest() -> DeltaTable | None:
+        return DeltaTable(uri) if DeltaTable.is_deltatable(uri) else None
+
+    def found(table: str) -> list[Partition]:
+        version = newest()
+        return [] if version is None else _rows(version, uri, table)
+
+    return found
+
+
+def _rows(version: DeltaTable, uri: str, table: str) -> list[Partition]:
+    """A column that the ledger lacks, as an earlier release wrote it, reads as ""."""
     # Arrow's own filesystem: deltalake's calls back into Python, also from threads at a process's end.
     files, path = opened(uri)
-    dataset = DeltaTable(uri).to_pyarrow_dataset(
+    dataset = version.to_pyarrow_dataset(
         file_pruning_predicate=[("table", "=", table)],
         filesystem=pafs.SubTreeFileSystem(path, files),
     )

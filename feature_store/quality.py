@@ -235,13 +235,12 @@ def _keep_page(
 ) -> None:
     """Render one validation with Great Expectations' own views, and link it from the index."""
     from great_expectations.render.renderer import ValidationResultsPageRenderer
-    from great_expectations.render.view import DefaultJinjaPageView
 
     result.meta["run_id"] = {
         "run_name": title,
         "run_time": result.meta["batch_markers"]["ge_load_time"],
     }
-    page = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result))
+    page = _view().render(ValidationResultsPageRenderer().render(result))
     home = docs_root / folder
     home.mkdir(parents=True, exist_ok=True)
     up = "../" * len(folder.parts)
@@ -251,6 +250,14 @@ def _keep_page(
     if result.success:
         refused.unlink(missing_ok=True)
     _replace(docs_root / "index.html", _index(docs_root))
+
+
+@cache
+def _view() -> Any:
+    """Great Expectations' page view; each one compiles its templates anew, which costs as much as a suite."""
+    from great_expectations.render.view import DefaultJinjaPageView
+
+    return DefaultJinjaPageView()
 
 
 def _index(docs_root: Path) -> str:
