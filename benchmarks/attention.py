@@ -51,7 +51,7 @@ from models.attention_inputs import (
 )
 from models.encoders import Encoder, layer
 from models.reader import AttentionPooling
-from models.sequence_config import SequenceConfig
+from models.upstream.sequence import SequenceConfig
 
 MOST = 1024  # events of a history
 TARGETS = 4  # of a row, on average

@@ -42,8 +42,8 @@ from jobs.training.presets import downstream_training, preset
 from models.batch import Batch, Sparse
 from models.downstream import Downstream, Published, PublishedSource
 from models.features import feature_plan
-from models.sequence import Sequence as EventSequence
-from models.sum import PRESETS, Sum
+from models.upstream.sequence import Sequence as EventSequence
+from models.upstream.sum import Sum, SumConfig
 
 CANDIDATES = (1, 50, 500)
 EVENTS = 64
@@ -51,6 +51,7 @@ USERS = 200_000  # who have a published embedding
 IDS = 100_000  # of items; other vocabularies are smaller and collide
 DISTINCT, REQUESTS = 64, 1000
 SOURCE = "user"
+SHAPES = ("small", "paper")  # of SUM
 PUBLISHED = "published embedding"
 NOW_US = 17_450 * DAY_US
 
@@ -141,8 +142,9 @@ class Peer:
 def peers(dataset: Dataset) -> list[Peer]:
     """Every way of every shape; the published one of a shape is its first."""
     plan, found = feature_plan(dataset), []
-    for shape, config in PRESETS.items():
-        tower = Sum(plan, config()).eval()
+    configs = {"small": SumConfig(), "paper": preset(dataset, "sum_paper").shape}
+    for shape in SHAPES:
+        tower = Sum(plan, configs[shape]).eval()
         count, dim = tower.config.embeddings, tower.config.dim
         read = [PublishedSource(name=SOURCE, embeddings=count, dim=dim)]
         of_reader = shape_of(downstream_training(dataset), read, user_features=False)
@@ -189,7 +191,7 @@ def carrying_events(shape: str, downstream: Downstream, pooling: EventSequence) 
 
     def embeddings(asked: Request) -> Tensor:
         batch = asked.batch
-        return pooling.user_embeddings(batch, batch.event_offsets.diff(), batch.as_of[:1])
+        return pooling.user_embeddings(batch, batch.as_of[:1])
 
     return Peer(
         name=f"pooling of {EVENTS} events", shape=shape, downstream=downstream, inputs=events,
@@ -276,7 +278,7 @@ def markdown(costs: Sequence[Cost]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     published = {(c.shape, c.candidates): c for c in costs if c.peer == PUBLISHED}
-    for c in sorted(costs, key=lambda c: (list(PRESETS).index(c.shape), c.candidates)):
+    for c in sorted(costs, key=lambda c: (SHAPES.index(c.shape), c.candidates)):
         base = published[c.shape, c.candidates]
 
         def ratio(mine: float, theirs: float, c: Cost = c) -> str:

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from feature_store.days import parse_day
 from feature_store.errors import DataError, SpecError
-from feature_store.model_names import check_models
+from feature_store.presets import check_models
 from feature_store.spec_parts import (
     Aggregate,
     Attribute,
@@ -77,7 +77,7 @@ class Dataset:
         held_out_share: share of users (by hash) whose labels only the gate and the reports see.
         max_part_rows: events plus targets of one user-day in one row of `examples`; more become parts.
         base_days: every so many days `sequences` holds all users.
-        models: names of the upstream models that publish user embeddings; see `model_names.py`.
+        models: names of the upstream models that publish user embeddings; entries of `presets/`.
         simulated: the data is made up; said wherever results appear.
     """
 
@@ -153,7 +153,7 @@ class Dataset:
         ):
             check_unique(f"{where}.{what}", (x.name for x in getattr(self, what)))
         check_unique(f"{where}.models", self.models)
-        check_models(f"{where}.models", self.models, self.domain)
+        check_models(f"{where}.models", self.models, self.name)
         check_unique(
             f"{where} user features",
             [f.name for f in self.user_features],

@@ -110,7 +110,7 @@ class UserRows:
         Raises:
             MissingPartitionError: a partition has not been written.
         """
-        table = preset.user_table
+        table = preset.kind.user_table
         inputs = lake.require(table, [ds])
         days = [ds]
         if table == "sequences":
@@ -128,8 +128,9 @@ class UserRows:
         from jobs.training.ids import int64_ids
         from jobs.training.rows import columns_of
 
+        kind = preset.kind
         columns = columns_of(
-            lake.dataset, self.table, history=preset.history, user_features=preset.user_features
+            lake.dataset, self.table, history=kind.history, user_features=kind.user_features
         )
         seen = np.empty(0, np.int64)
         for day in self.days:
@@ -179,7 +180,7 @@ def embedded(
     cutoff = end_us(ds, dataset.utc_offset) - micros(dataset.serve_delay)
     for ids, batch in user_batches(dataset, users, limits=preset.training.inference, cutoff=cutoff):
         found = learner.user_embeddings(batch, cutoff).numpy()
-        if preset.history:  # who has no event before the cutoff is not in the window yet
+        if preset.kind.history:  # who has no event before the cutoff is not in the window yet
             some = batch.event_offsets.diff().numpy() > 0
             found, ids = found[some], ids.filter(pa.array(some))
         yield ids, found

@@ -50,9 +50,8 @@ def reproduce(settings: Settings, run_id: str, *, dataset: Dataset | None = None
     from jobs.train_upstream import UpstreamDay
     from jobs.training import tracking
     from jobs.training.checkpoints import Checkpoints
-    from jobs.training.config import from_plain
     from jobs.training.loader import label_days, labelled_day
-    from jobs.training.presets import Preset
+    from jobs.training.whole import recorded_preset
 
     try:
         tags = tracking.client(settings).get_run(run_id).data.tags
@@ -73,7 +72,7 @@ def reproduce(settings: Settings, run_id: str, *, dataset: Dataset | None = None
     context = JobContext(dataset=spec, ds=recorded.ds, settings=settings, model=recorded.model)
     also = [ds for ds in label_days(recorded.inputs) if ds != recorded.ds]
     day = labelled_day(context.lake, spec, recorded.ds, also=also, inputs=recorded.inputs)
-    preset = from_plain(Preset, recorded.config)
+    preset = recorded_preset(recorded)
     with tempfile.TemporaryDirectory(dir=_scratch(settings)) as scratch:
         again = UpstreamDay(
             context=replace(context, settings=replace(settings, home=Path(scratch))),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,6 @@ def compare(
     context: JobContext, task: Task, test_day: str, train_days: tuple[str, ...]
 ) -> dict[str, Any]:
     """Train and test every arm, write the result, log it. Without arms where there are too few labels."""
-    from jobs.training.config import to_plain
     from jobs.training.downstream import Comparison, arms
     from jobs.training.ids import seed_of
     from jobs.training.presets import downstream_training
@@ -154,7 +153,7 @@ def compare(
         "users": len(set(scored["context"].user_id.tolist())),
         **found,
         "snapshots": snapshots,
-        "config": to_plain(config),
+        "config": asdict(config),
         "inputs": inputs,
     }
     write_predictions(dataset, scored, _folder(context, task) / PREDICTIONS)

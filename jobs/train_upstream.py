@@ -191,8 +191,8 @@ class UpstreamDay:
             self.dataset,
             shown,
             users=Users(users),
-            history=any(learner.preset.history for learner in learners),
-            user_features=any(learner.preset.user_features for learner in learners),
+            history=any(learner.preset.kind.history for learner in learners),
+            user_features=any(learner.preset.kind.user_features for learner in learners),
             limits=self.preset.training.inference,
         )
 
@@ -239,10 +239,9 @@ class UpstreamDay:
     def train(self, parent: Snapshot | None) -> tuple[Snapshot, dict[str, Any]]:
         """The candidate: trained now, resumed, or found where this very training was done before."""
         from jobs.training.checkpoints import run_hash
-        from jobs.training.config import to_plain
 
         checkpoints, ds = self.checkpoints, self.context.ds
-        config = to_plain(self.preset)
+        config = self.preset.plain()
         key = run_hash(
             model=self.model, ds=ds, config=config, spec=self.dataset.hash,
             parent=parent.id if parent else None,
@@ -273,7 +272,7 @@ class UpstreamDay:
 
             return labelled_batches(
                 self.context.lake, self.dataset, self.day.shown, users=Users.TRAINING,
-                history=self.preset.history, user_features=self.preset.user_features,
+                history=self.preset.kind.history, user_features=self.preset.kind.user_features,
                 seed=seed_of(seed, epoch), limits=training.limits, skip=skip,
             )  # fmt: skip
 

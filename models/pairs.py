@@ -50,7 +50,9 @@ class PairNumbers(nn.Module):
     def __init__(self, plan: FeaturePlan) -> None:
         super().__init__()
         self.plan = plan
-        self.distant = [m for m in plan.matches if plan.ordered_items and m.candidate == TARGET_ITEM]
+        self.distant = [
+            m for m in plan.matches if plan.ordered_items and m.candidate == TARGET_ITEM
+        ]
         self.carriers = [m.name for m in plan.matches if m.candidate == TARGET_ITEM]
         known = roles("pair", plan.pair_numbers)
         numbers = (*known, *roles("distance", map(match_name, self.distant)), "age", "newer")

@@ -12,6 +12,8 @@ Through the event model, pooling and an MLP the same has to be found, and in ten
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,10 @@ from models.features import FeaturePlan
 from models.history import Pairs, match_name, stream_blocks, stream_numbers, visible_pairs
 from models.numbers import Standardise
 from models.reader import AttentionPooling
-from models.sequence_config import SequenceConfig
 from models.towers import mlp
+
+if TYPE_CHECKING:
+    from models.upstream.sequence import SequenceConfig
 
 
 class RecencyBags(nn.Module):

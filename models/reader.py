@@ -12,7 +12,7 @@ worth as much on the click tasks of Globo as anything that we know to tell it (d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,10 @@ from models.history import Pairs, match_blocks, match_numbers, stream_blocks, st
 from models.interactions import DENSE
 from models.numbers import Standardise, hinged, hinges
 from models.pairs import PairEncoder, PairNumbers
-from models.sequence_config import SequenceConfig
 from models.towers import MixTower, TargetEncoder, mlp
+
+if TYPE_CHECKING:
+    from models.upstream.sequence import SequenceConfig
 
 
 class AttentionPooling(nn.Module):

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from feature_store.errors import SpecError
 from models.axes import TASK, Blocks, blocks, embedding, linear, numbered, roles
 from models.batch import Batch
 from models.clock import PHASES, phases
 from models.features import Bag, Category, FeaturePlan
 from models.history import candidate_ids
-from models.interactions import InteractionConfig, PairwiseDots, Pyramid
+from models.interactions import INTERACTIONS, InteractionConfig, PairwiseDots, Pyramid
 from models.numbers import Standardise, hinged, hinges
 from models.tables import Lookup, bag_weights
 
@@ -38,6 +39,12 @@ class TowerConfig:
     sizes: tuple[int, ...]
     interactions: tuple[str, ...] = ("mlp", "dcn")
     inside: InteractionConfig = field(default_factory=InteractionConfig)
+
+    def __post_init__(self) -> None:
+        known = ", ".join(INTERACTIONS)
+        for name in self.interactions:
+            if name not in INTERACTIONS:
+                raise SpecError(f"TowerConfig.interactions has {name!r}: known are {known}")
 
 
 @dataclass(frozen=True, kw_only=True)

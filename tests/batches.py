@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from feature_store.days import DAY_US, HOUR_US
 from feature_store.spec import Attribute, Dataset, Kind
 from models.batch import Batch, Sparse
+from models.event import event_rows
 from models.features import feature_plan
 from models.loss import multi_task_loss
 
@@ -137,3 +140,20 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All but the tables'."""
     fused = {id(p) for p in model.tables.parameters()}
     return {n: p for n, p in model.named_parameters() if id(p) not in fused}
+
+
+def first_events(batch: Batch, count: Tensor) -> Batch:
+    """The batch without targets, with the `count` (R,) oldest events of each row."""
+    row = event_rows(batch)
+    keep = torch.arange(batch.events) - batch.event_offsets[row] < count[row]
+    return replace(
+        batch,
+        row_of_target=batch.row_of_target[:0],
+        target_offsets=torch.zeros_like(batch.target_offsets),
+        event_offsets=_offsets(count),
+        event_stream=batch.event_stream[keep],
+        event_time=batch.event_time[keep],
+        event_available=batch.event_available[keep],
+        event_ids={k: v[keep] for k, v in batch.event_ids.items()},
+        event_floats={k: v[keep] for k, v in batch.event_floats.items()},
+    )

@@ -56,7 +56,13 @@ def check(world: World, spark: SparkSession, settings: Settings, lake: Path) -> 
         ingest_day(world, day)
     events, shown = ingested(world, days[world.days[-1]].lake)
     for ds, day in days.items():
-        for job in (build_sequences, build_aggregates, build_item_aggregates, build_examples, build_labels):
+        for job in (
+            build_sequences,
+            build_aggregates,
+            build_item_aggregates,
+            build_examples,
+            build_labels,
+        ):
             job.run(day)
         base = ds == world.days[0] or build_sequences.is_base_day(world.dataset, ds)
         want = oracle_tables.feature_tables(world.dataset, events, shown, ds, base=base)

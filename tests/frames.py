@@ -72,7 +72,9 @@ def want_all(world: World, days: list[str], dataset: Dataset = TINY) -> dict[str
     found: dict[str, list[Row]] = defaultdict(list)
     for ds in days:
         base = ds == days[0] or build_sequences.is_base_day(dataset, ds)
-        for table, rows in oracle_tables.feature_tables(dataset, events, shown, ds, base=base).items():
+        for table, rows in oracle_tables.feature_tables(
+            dataset, events, shown, ds, base=base
+        ).items():
             found[table] += rows
     return found
 

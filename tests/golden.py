@@ -127,9 +127,7 @@ def downstream(settings: Settings) -> dict[str, Any]:
     return {
         "rows": predictions.num_rows,
         "ne": {name: arm["ne"] for name, arm in result["arms"].items()},
-        "mean": {
-            name: float(np.mean(predictions[name].to_numpy())) for name in result["arms"]
-        },
+        "mean": {name: float(np.mean(predictions[name].to_numpy())) for name in result["arms"]},
     }
 
 

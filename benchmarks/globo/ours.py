@@ -13,7 +13,6 @@ from benchmarks.globo.results import PARTS, Predictions, joined, of_scored
 from benchmarks.globo.split import Split, rows_of, shown_on
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
-from jobs.training.config import to_plain
 from jobs.training.ids import seed_of
 from jobs.training.loader import cuts
 from jobs.training.loop import Learner, choose_device, score, train
@@ -44,7 +43,7 @@ class Ours:
 
     def config(self) -> dict[str, Any]:
         """What a result depends on beside the data."""
-        return to_plain(self.preset)
+        return self.preset.plain()
 
     def run(self, tasks: Sequence[str], seed: int) -> tuple[Predictions, dict[str, Any]]:
         """Predictions of `tasks` for validation and test, and what is worth knowing."""
@@ -80,6 +79,6 @@ class Ours:
         day = shown_on(self.lake, self.dataset, ds)
         return rows_of(
             self.lake, self.dataset, day, share=self.share, seed=seed,
-            history=self.preset.history, user_features=self.preset.user_features,
+            history=self.preset.kind.history, user_features=self.preset.kind.user_features,
             limits=self.preset.training.limits,
         )  # fmt: skip

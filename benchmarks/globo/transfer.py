@@ -59,7 +59,7 @@ from feature_store.spec import Dataset, Task
 from jobs.publish_embeddings import POOLED_DAYS
 from jobs.settings import Settings
 from jobs.training.co_occurrence import days_read
-from jobs.training.config import DownstreamTraining, to_plain
+from jobs.training.config import DownstreamTraining
 from jobs.training.downstream import ArmConfig, Comparison, Loaded, arms
 from jobs.training.ids import int64_ids, seed_of
 from jobs.training.loader import Limits, Users, cuts, labelled_day, labelled_rows, share_within
@@ -192,7 +192,7 @@ class Transfer:
             raise SpecError("--models is empty: name one or more that published embeddings")
         self.tasks = [dataset.task(name) for name in args.tasks or known]
         self.days = [ds for part in ("train", *PARTS) for ds in split.days(part)]
-        self.history = any(preset(dataset, model).history for model in args.models)
+        self.history = any(preset(dataset, model).kind.history for model in args.models)
         self.store = Store(args.out / "transfer")
         users = shown_users(lake, self.days)
         read = cache(partial(read_of, lake, users))
@@ -206,7 +206,7 @@ class Transfer:
         for model in args.models:
             snapshots = Snapshots(dataset=dataset, settings=settings, model=model)
             of_age: dict[str, Source] = {}
-            if snapshots.preset.history:
+            if snapshots.preset.kind.history:
                 of_age |= {f"{h} h": Fresh(snapshots, lag_hours=h) for h in LAGS_HOURS}
             raw = partial(Stored, lake, read, model, kind=EmbeddingKind.RAW)
             of_age |= {f"{days} d": raw(lag_days=days) for days in LAGS_DAYS}
@@ -237,7 +237,7 @@ class Transfer:
             )  # fmt: skip
             about = {
                 "inputs": pins[task.name], "spec": self.dataset.hash,
-                "split": asdict(self.split), "budget": to_plain(self.budget),
+                "split": asdict(self.split), "budget": asdict(self.budget),
             }  # fmt: skip
             for seed in map(int, self.args.seeds):
                 for arm in self.arms:

@@ -35,7 +35,6 @@ from feature_store.spec import Dataset
 from jobs.publish_embeddings import POOLED_DAYS, UserRows, embedded
 from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints
-from jobs.training.config import to_plain
 from jobs.training.downstream import Loaded
 from jobs.training.ids import int64_ids, seed_of
 from jobs.training.loader import user_batches
@@ -152,7 +151,7 @@ class RandomSum(Source):
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Versions of the partitions, and the model's shape."""
         read = sorted({day for ds in days for day in self._days(ds)})
-        return {**self.lake.require("aggregates", read), "model": to_plain(self.preset)}
+        return {**self.lake.require("aggregates", read), "model": self.preset.plain()}
 
     def embeddings(self, ds: str) -> UserEmbeddings:
         for day in self._days(ds):
@@ -249,7 +248,7 @@ class Fresh(Source):
     per_moment = True
 
     def __init__(self, snapshots: Snapshots, *, lag_hours: int) -> None:
-        if not snapshots.preset.history:
+        if not snapshots.preset.kind.history:
             raise SpecError(
                 f"Fresh.snapshots are of {snapshots.model!r}, which reads no events: name another"
             )
@@ -274,7 +273,7 @@ class Fresh(Source):
         seen = available_before(batch, row, at).to(learner.device)
         end = seen.event_offsets.diff()
         model = learner.model.eval()
-        values = model.user_embeddings(seen, end, at.to(end.device)).cpu()
+        values = model.user_embeddings(seen, at.to(end.device)).cpu()
         return Published(values.half().float(), end.cpu() > 0)  # without events none is published
 
 

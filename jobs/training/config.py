@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar
 
 from feature_store.embeddings import EmbeddingKind
-from feature_store.errors import DataError, SpecError
+from feature_store.errors import SpecError
 from jobs.training.loader import Limits
 from models.tables import TableConfig
-
-T = TypeVar("T")
 
 
 class Shift(StrEnum):
@@ -146,36 +140,3 @@ class DownstreamTraining:
             dim=16, default_rows=2**12, item_rows=1, init_scale=0.05, learning_rate=0.01
         )
     )
-
-
-def to_plain(config: Any) -> dict[str, Any]:
-    """A configuration as JSON-ready values."""
-    return asdict(config)
-
-
-def from_plain(kind: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass `kind` from what `to_plain` gave.
-
-    Raises:
-        DataError: `values` has a field that `kind` does not: it was written by other code.
-    """
-    hints = typing.get_type_hints(kind)
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in known:
-            raise DataError(
-                f"{kind.__name__}.{name} is not known to this code: check out the version that wrote it"
-            )
-    return kind(**{name: _value(hints[name], value) for name, value in values.items()})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, Mapping):
-        return from_plain(hint, value)
-    if origin in (typing.Union, types.UnionType) and value is not None:
-        return _value(next(a for a in arguments if a is not type(None)), value)
-    if origin is tuple:
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_value(kind, v) for kind, v in zip(kinds, value, strict=True))
-    return value

@@ -179,7 +179,7 @@ class Learner:
         """() float32: how far `found` is from what the parent says of the batch."""
         if self.config.shift == Shift.REGULARISE:
             with torch.no_grad(), self._precision():
-                users = self.preset.embed(parent, batch)
+                users = parent.user_embeddings(batch)
             return embedding_shift(found.users, users)
         with torch.no_grad(), self._precision():
             before = parent(batch)
@@ -196,10 +196,13 @@ class Learner:
 
     @torch.no_grad()
     def user_embeddings(self, batch: Batch, at: int | None = None) -> Tensor:
-        """(R, K, D) float32 on the CPU; `at` as in `Preset.embed`."""
+        """(R, K, D) float32 on the CPU: what served the day of the rows' targets; or, with `at`, of users as
+        they are at that instant (UTC microseconds), by which all of their events were available."""
         self.model.eval()
         with self._precision():
-            return self.preset.embed(self.model, batch.to(self.device), at).float().cpu()
+            batch = batch.to(self.device)
+            instants = None if at is None else batch.event_offsets.new_full((batch.rows,), at)
+            return self.model.user_embeddings(batch, instants).float().cpu()
 
     @property
     def steps(self) -> int:

@@ -25,7 +25,9 @@ def parent_of(lake: Lake, checkpoints: Checkpoints, ds: str) -> Snapshot | None:
     days = [day for day in checkpoints.champion_days() if day < ds]
     if not days:
         return None
-    remedy = f"run make run DATASET={lake.dataset.name}, or train_upstream and publish_embeddings of"
+    remedy = (
+        f"run make run DATASET={lake.dataset.name}, or train_upstream and publish_embeddings of"
+    )
     between = [day for day in lineage.days("labels") if days[-1] < day < ds]
     if between:
         raise MissingPartitionError(

@@ -11,7 +11,6 @@ from feature_store.spec import Dataset
 from jobs.context import JobContext
 from jobs.training import tracking
 from jobs.training.checkpoints import Checkpoints, Snapshot
-from jobs.training.config import to_plain
 from jobs.training.judge import Verdict
 from jobs.training.results import EVALUATION, RESULT, Results
 
@@ -62,11 +61,11 @@ def log_day(
         key=run_key(dataset, candidate),
         tags=tags,
     ) as run:
-        run.params({"model": model, "ds": ds, **to_plain(preset)})
+        run.params({"model": model, "ds": ds, **preset.plain()})
         run.metrics(metrics_of(result))
         run.lineage(context.lake, day.inputs, "training")
         run.text(pprint.pformat(dataset, width=100), "spec.txt")
-        run.text(json.dumps(to_plain(preset), indent=1), "config.json")
+        run.text(json.dumps(preset.plain(), indent=1), "config.json")
         run.text(json.dumps(result, indent=1), RESULT)
         for path, figure in _figures(context, root, result).items():
             run.figure(figure, path)

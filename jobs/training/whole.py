@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from feature_store.errors import DataError
+from feature_store.errors import DataError, SpecError
 from feature_store.spec import Dataset
 from jobs.training.checkpoints import Checkpoints, Snapshot
-from jobs.training.config import from_plain
 from jobs.training.loop import Learner, choose_device
 from jobs.training.presets import Preset
 
@@ -32,6 +31,21 @@ class NotWholeError(DataError):
         super().__init__(f"{self.fact}: {remedy}")
 
 
+def recorded_preset(snapshot: Snapshot) -> Preset:
+    """The configuration that `snapshot` was trained with.
+
+    Raises:
+        DataError: this code does not know it.
+    """
+    try:
+        return Preset.from_plain(snapshot.config, f"snapshot {snapshot.id}: config")
+    except SpecError as error:
+        raise DataError(
+            f"{error}; other code wrote it: check out that version, or train the model again from its "
+            "first day"
+        ) from None
+
+
 def whole_learner(
     dataset: Dataset, checkpoints: Checkpoints, snapshot: Snapshot, *, ds: str
 ) -> Learner:
@@ -44,9 +58,9 @@ def whole_learner(
 
     Raises:
         NotWholeError: it was trained with other inputs than the spec has.
-        DataError: it is damaged.
+        DataError: it is damaged, or this code does not know its configuration.
     """
-    preset = from_plain(Preset, snapshot.config)
+    preset = recorded_preset(snapshot)
     state = checkpoints.load(snapshot.id)
     torch.set_num_threads(preset.training.threads)
     learner = Learner(dataset, preset, choose_device(), {name: state[name] for name in _SERVED})

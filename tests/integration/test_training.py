@@ -440,9 +440,7 @@ def test_a_run_of_days_goes_on_after_a_feature_was_added(settings, tmp_path):
     checkpoints = _checkpoints(mine, "sum")
     old = checkpoints.champion(DAYS[1])
     _build_under(grown, settings, mine)
-    with pytest.raises(
-        StalePartitionError, match=r"champion of sum .* that were replaced"
-    ):
+    with pytest.raises(StalePartitionError, match=r"champion of sum .* that were replaced"):
         publish_embeddings.run(context(DAYS[1], grown))
     with pytest.raises(DataError, match=f"snapshot {old.id} of another spec lacks dense:likes_9d"):
         whole_learner(grown, checkpoints, old, ds=DAYS[1])

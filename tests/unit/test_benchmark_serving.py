@@ -14,10 +14,9 @@ from benchmarks.serving import PUBLISHED, SOURCE, Cost, Peer, Request
 from models.batch import Sparse
 from models.downstream import Downstream, DownstreamConfig, PublishedSource
 from models.features import feature_plan
-from models.sequence import Sequence
-from models.sequence_config import SequenceConfig
-from models.sum import Sum, SumConfig
 from models.tables import TableConfig
+from models.upstream.sequence import Sequence, SequenceConfig
+from models.upstream.sum import Sum, SumConfig
 from tests.embedded import reads_embeddings
 from tests.synthetic import dataset
 

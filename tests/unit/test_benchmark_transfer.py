@@ -35,7 +35,7 @@ from feature_store.errors import DataError, HeadwaterError, MissingPartitionErro
 from jobs.publish_embeddings import UserRows, embedded
 from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints, Snapshot
-from jobs.training.config import DownstreamTraining, to_plain
+from jobs.training.config import DownstreamTraining
 from jobs.training.downstream import Comparison
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows, user_batches
 from jobs.training.loop import Learner
@@ -110,7 +110,7 @@ def settings(tmp_path_factory) -> Settings:
         for i, ds in enumerate(DAYS):
             snapshot = Snapshot(
                 id=f"{model}-{ds}", model=model, ds=ds, parent=None, run_hash="", state_hash="",
-                config=to_plain(preset(SPEC, model)), spec_hash="", inputs={}, label_counts={}, steps=1,
+                config=preset(SPEC, model).plain(), spec_hash="", inputs={}, label_counts={}, steps=1,
             )  # fmt: skip
             checkpoints.save(snapshot, learner_of(i, model).state())
             checkpoints.set_champion(ds, snapshot.id)
@@ -297,7 +297,7 @@ def test_a_fresh_embedding_is_by_the_snapshot_of_the_day_before(lake, settings, 
     seen = available_before(batch, row, at)
     end = seen.event_offsets.diff()
     wanted = {
-        day: learner_of(day).model.eval().user_embeddings(seen, end, at).detach() for day in (3, 4)
+        day: learner_of(day).model.eval().user_embeddings(seen, at).detach() for day in (3, 4)
     }
     torch.testing.assert_close(found.values, wanted[3], atol=2e-3, rtol=0)
     assert not torch.allclose(found.values, wanted[4], atol=2e-2)

@@ -16,16 +16,16 @@ from feature_store.spec import Aggregate, Attribute, Dataset, DenseFeature, IdTy
 from jobs.training.by_name import Taken
 from jobs.training.config import TrainingConfig
 from jobs.training.loop import Learner
-from jobs.training.presets import Architecture, Preset
+from jobs.training.presets import Preset
 from models.axes import Aligned, aligned, axes_of, blocks
 from models.batch import Batch
 from models.features import feature_plan
-from models.hybrid import HybridConfig
 from models.interactions import INTERACTIONS, InteractionConfig
-from models.sequence_config import SequenceConfig
-from models.sum import SumConfig
 from models.tables import TableConfig
 from models.towers import MixConfig, TowerConfig
+from models.upstream.hybrid import HybridConfig
+from models.upstream.sequence import SequenceConfig
+from models.upstream.sum import SumConfig
 from tests.batches import random_batch
 from tests.tiny import TINY
 
@@ -67,10 +67,12 @@ def small(model: str) -> Preset:
         "bags": True, "members": 2, "numbers": 24, "mix": mix, "user_mix": mix,
     }  # fmt: skip
     return Preset(
-        architecture=Architecture(model),
-        sum=SumConfig(tables=tables, user=tower, mix=mix, dense_tokens=2),
-        sequence=SequenceConfig(**events),
-        hybrid=HybridConfig(**events, user=tower, dense_tokens=2),
+        architecture=model,
+        shape={
+            "sum": SumConfig(tables=tables, user=tower, mix=mix, dense_tokens=2),
+            "sequence": SequenceConfig(**events),
+            "hybrid": HybridConfig(**events, user=tower, dense_tokens=2),
+        }[model],
         training=TrainingConfig(muon=True),
     )
 
@@ -308,8 +310,7 @@ def test_a_table_of_another_size_starts_anew_and_is_named() -> None:
     old = trained("sum")
     tables = TableConfig(dim=8, default_rows=32, item_rows=64)
     usual = small("sum")
-    assert usual.sum is not None
-    bigger = replace(usual, sum=replace(usual.sum, tables=tables))
+    bigger = replace(usual, shape=replace(usual.shape, tables=tables))
     new = Learner(SPEC, bigger, torch.device("cpu"), old.state())
     assert [n.rsplit(".", 2)[-2].removeprefix("of_") for n in new.taken.lacking] == ["item"]
     assert "item" in new.taken.misfit()

@@ -20,7 +20,7 @@ from jobs.training.checkpoints import (
     state_hash,
     write_state,
 )
-from jobs.training.config import from_plain, to_plain
+from jobs.training.config import Shift
 from jobs.training.presets import Preset, preset
 from tests.synthetic import dataset
 
@@ -147,10 +147,13 @@ def test_a_state_hash_sees_names_shapes_types_and_values():
 @pytest.mark.parametrize("model", ["sum", "sequence"])
 def test_a_recorded_configuration_builds_the_same_preset(model):
     original = preset(dataset(), model)
-    plain = json.loads(json.dumps(to_plain(original)))
-    assert from_plain(Preset, plain) == original
-    with pytest.raises(DataError, match=r"Preset\.colour"):
-        from_plain(Preset, plain | {"colour": "red"})
+    plain = json.loads(json.dumps(original.plain()))
+    again = Preset.from_plain(plain, "x")
+    assert again == original and type(again.training.shift) is Shift
+    with pytest.raises(
+        SpecError, match="x has 'colour', which is no setting: known are architecture"
+    ):
+        Preset.from_plain(plain | {"colour": "red"}, "x")
 
 
 def test_a_model_without_a_configuration_is_named():

@@ -182,7 +182,9 @@ def test_what_failed_on_damaged_files_is_explained_by_them(
     settings = Settings.from_env({"HEADWATER_HOME": str(base(lake).parents[1])})
     assert settings.lake_root == str(base(lake).parent)
     assert failures.explain(RuntimeError("parquet"), settings, SPEC) is None
-    with monkeypatch.context() as patch:  # what looks for damage hides nothing behind an error of its own
+    with (
+        monkeypatch.context() as patch
+    ):  # what looks for damage hides nothing behind an error of its own
         patch.setattr(damage, "check_commits", lambda *_: 1 / 0)
         assert failures.explain(RuntimeError("parquet"), settings, SPEC) is None
     data_file(lake, SECOND).unlink()

@@ -16,21 +16,19 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
 from feature_store import datasets
 from feature_store.columns import NO_LABEL
 from feature_store.errors import SpecError
-from feature_store.model_names import MODELS
 from feature_store.spec import Attribute, Dataset, IdType
-from jobs.training import presets
 from jobs.training.checkpoints import state_hash
 from jobs.training.config import Shift, TrainingConfig
 from jobs.training.ids import int64_ids
 from jobs.training.judge import task_metrics
 from jobs.training.loop import Learner, Scored, domain_id, train
-from jobs.training.presets import Architecture, Preset, preset
+from jobs.training.presets import Preset, preset
 from jobs.training.upstream_run import metrics_of
 from models.batch import Batch
-from models.hybrid import HybridConfig
-from models.sequence_config import SequenceConfig
-from models.sum import SumConfig
 from models.tables import TableConfig
+from models.upstream.hybrid import HybridConfig
+from models.upstream.sequence import SequenceConfig
+from models.upstream.sum import SumConfig
 from tests.batches import random_batch
 from tests.synthetic import dataset
 
@@ -44,10 +42,12 @@ def learner_of(domain: int | str | None, *, model: str = "sum", **training: Any)
     torch.set_num_threads(1)  # as training does
     torch.manual_seed(0)
     chosen = Preset(
-        architecture=Architecture(model),
-        sum=SumConfig(tables=TABLES, dense_tokens=2),
-        sequence=SequenceConfig(tables=TABLES, width=16, head_dim=8),
-        hybrid=HybridConfig(tables=TABLES, width=16, head_dim=8, dense_tokens=2),
+        architecture=model,
+        shape={
+            "sum": SumConfig(tables=TABLES, dense_tokens=2),
+            "sequence": SequenceConfig(tables=TABLES, width=16, head_dim=8),
+            "hybrid": HybridConfig(tables=TABLES, width=16, head_dim=8, dense_tokens=2),
+        }[model],
         training=TrainingConfig(domain=domain, **training),
     )
     return Learner(SPEC, chosen, torch.device("cpu"))
@@ -159,27 +159,10 @@ def test_a_domain_that_cannot_be_is_refused(spec: Dataset, value: int | str, say
         domain_id(spec, value)
 
 
-@pytest.mark.parametrize(
-    ("name", "model", "value"),
-    [
-        ("simulated", "sum_surface_0", 0),
-        ("simulated", "sum_surface_1", 1),
-        ("globo", "sum_device_1", 1),
-        ("globo", "sum_device_3", 3),
-    ],
-)
-def test_the_domains_of_our_datasets_have_a_sum_each(name: str, model: str, value: int) -> None:
-    spec = datasets.get(name)
+@pytest.mark.parametrize(("model", "value"), [("sum_feed", 0), ("sum_stories", 1)])
+def test_the_domains_of_the_simulated_world_have_a_sum_each(model: str, value: int) -> None:
+    spec = datasets.get("simulated")
     chosen, usual = preset(spec, model), preset(spec, "sum")
-    assert model.split("_")[1] == spec.domain
     assert domain_id(spec, chosen.training.domain) == value
-    assert replace(chosen, training=usual.training) == usual
+    assert replace(chosen, training=replace(chosen.training, domain=None)) == usual
     assert replace(spec, models=("sum", model)).models[1] == model
-
-
-@pytest.mark.parametrize("name", [*datasets.names(), "another"])
-def test_every_name_that_a_spec_may_hold_has_a_configuration(name: str) -> None:
-    spec = datasets.get(name) if name in datasets.names() else SPEC
-    for model in (*MODELS, f"sum_{spec.domain}_4"):
-        assert isinstance(preset(spec, model), Preset)
-    assert set(presets._BY_DATASET.get(spec.name, presets._BY_NAME)) == set(MODELS)

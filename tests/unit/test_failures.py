@@ -83,7 +83,12 @@ def test_a_full_database_is_a_full_disk(tmp_path: Path) -> None:
     assert failure.sentence.startswith("the disk is full")
 
 
-FULL, RIGHTS, AWAY, ENGINE = "the disk is full", "right to read and write", "move away", "the engine"
+FULL, RIGHTS, AWAY, ENGINE = (
+    "the disk is full",
+    "right to read and write",
+    "move away",
+    "the engine",
+)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,9 @@ def test_a_cluster_that_does_not_answer_is_named() -> None:
     settings = Settings.from_env({"SPARK_REMOTE": "sc://host:15002"})
     failure = failures.explain(RuntimeError("StatusCode.UNAVAILABLE"), settings)
     assert failure is not None
-    assert failure.sentence.startswith("SPARK_REMOTE is sc://host:15002: the cluster did not answer")
+    assert failure.sentence.startswith(
+        "SPARK_REMOTE is sc://host:15002: the cluster did not answer"
+    )
 
 
 def test_a_disk_without_room_explains_what_says_nothing(

@@ -25,7 +25,7 @@ from models.history import (
 from models.numbers import Standardise
 from models.publishing import RecencyBags
 from models.reader import newest_events
-from models.sequence import served_prefix
+from models.upstream.sequence import served_prefix
 from tests.batches import random_batch
 from tests.tiny import TINY
 

@@ -13,13 +13,12 @@ from feature_store.columns import NO_LABEL
 from feature_store.spec import Dataset
 from models.batch import Batch
 from models.features import feature_plan
-from models.hybrid import Hybrid, HybridConfig
 from models.loss import multi_task_loss
-from models.sequence import Sequence, served_prefix
-from models.sequence_config import SequenceConfig
-from models.sum import Sum, SumConfig
 from models.tables import TableConfig
-from tests.batches import dense_parameters, loss_of, random_batch
+from models.upstream.hybrid import Hybrid, HybridConfig
+from models.upstream.sequence import Sequence, SequenceConfig
+from models.upstream.sum import Sum, SumConfig
+from tests.batches import dense_parameters, first_events, loss_of, random_batch
 from tests.synthetic import dataset
 from tests.tiny import TINY
 
@@ -141,7 +140,7 @@ def test_the_user_features_of_a_row_reach_the_logits_of_that_row_only() -> None:
 
 def test_what_is_published_reads_the_prefix_of_the_events_and_no_user_feature() -> None:
     model, batch = make().eval(), random_batch(TINY, rows=10)
-    users = model.user_embeddings(batch, *served_prefix(batch, model.plan))
+    users = model.user_embeddings(batch)
     torch.testing.assert_close(users, model(batch).users)
     without = replace(
         batch,
@@ -157,8 +156,8 @@ def test_what_is_published_reads_the_prefix_of_the_events_and_no_user_feature() 
     states = random_batch(TINY, rows=10, targets=0)
     lengths = states.event_offsets.diff()
     at = torch.full_like(lengths, int(states.event_available.max()) + 1)
-    whole = model.user_embeddings(states, lengths, at)
-    assert not torch.equal(whole, model.user_embeddings(states, lengths // 2, at))
+    whole = model.user_embeddings(states, at)
+    assert not torch.equal(whole, model.user_embeddings(first_events(states, lengths // 2), at))
 
 
 def test_a_batch_without_targets_or_events_works() -> None:

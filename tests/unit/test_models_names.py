@@ -9,10 +9,9 @@ from jobs.training.downstream import arms, features, permuted
 from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
 from models.features import feature_plan
 from models.loss import multi_task_loss
-from models.sequence import Sequence
-from models.sequence_config import SequenceConfig
-from models.sum import Sum, SumConfig
 from models.tables import TableConfig
+from models.upstream.sequence import Sequence, SequenceConfig
+from models.upstream.sum import Sum, SumConfig
 from tests.batches import loss_of, random_batch
 from tests.names import free_names, member_names, plain, renaming, under
 

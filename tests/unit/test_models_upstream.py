@@ -11,17 +11,17 @@ from torch import Tensor
 
 from feature_store.columns import NO_LABEL
 from feature_store.spec import Dataset
+from jobs.training.presets import preset
 from models.batch import Batch, Sparse
 from models.encoders import Encoder, layer
 from models.event import event_positions
 from models.features import feature_plan
 from models.loss import multi_task_loss
-from models.sequence import Sequence, served_prefix
-from models.sequence_config import SequenceConfig
-from models.sum import PRESETS, Sum, SumConfig
 from models.tables import TableConfig
 from models.towers import MixConfig, MixTower
-from tests.batches import dense_parameters, loss_of, random_batch
+from models.upstream.sequence import Sequence, SequenceConfig
+from models.upstream.sum import Sum, SumConfig
+from tests.batches import dense_parameters, first_events, loss_of, random_batch
 from tests.synthetic import dataset
 from tests.tiny import TINY
 
@@ -203,10 +203,10 @@ def test_published_embeddings_see_the_prefix_and_nothing_after_it(bags: bool) ->
     batch = random_batch(TINY, rows=10, targets=0)
     lengths = batch.event_offsets.diff()
     at = torch.full_like(lengths, int(batch.event_available.max()) + 1)
-    all_of_it = model.user_embeddings(batch, lengths, at)
+    all_of_it = model.user_embeddings(batch, at)
     assert all_of_it.shape == (10, 2, 8) and all_of_it.isfinite().all()
-    assert not torch.equal(all_of_it, model.user_embeddings(batch, lengths // 2, at))
-    none = model.user_embeddings(batch, lengths * 0, at)
+    assert not torch.equal(all_of_it, model.user_embeddings(first_events(batch, lengths // 2), at))
+    none = model.user_embeddings(first_events(batch, lengths * 0), at)
     torch.testing.assert_close(none, none[:1].expand_as(none))
 
 
@@ -214,7 +214,7 @@ def test_published_embeddings_see_the_prefix_and_nothing_after_it(bags: bool) ->
 def test_published_embeddings_are_the_ones_that_were_trained(bags: bool) -> None:
     model = make_sequence(bags=bags).eval()
     batch = random_batch(TINY, rows=10)
-    users = model.user_embeddings(batch, *served_prefix(batch, model.plan))
+    users = model.user_embeddings(batch)
     lookups = model.target.lookups(batch)
     tokens, dense = model.target(batch, model.tables(lookups))
     mixed = torch.cat([tokens, users[batch.row_of_target]], dim=1)
@@ -229,7 +229,7 @@ def test_an_embedding_begins_in_the_direction_of_what_the_user_met() -> None:
     first = batch.event_offsets[:-1][end > 0]
     rows = model.tables(model.event.lookups(batch))[0].index_select(0, first)
     known = batch.event_ids["article"].index_select(0, first) != -1
-    users = model.user_embeddings(batch, end, at)[end > 0][:, 0]
+    users = model.user_embeddings(first_events(batch, end), at)[end > 0][:, 0]
     alike = torch.cosine_similarity(users, rows, dim=1)
     assert known.sum() > 10 and alike[known].mean() > 0.4 > alike[~known].abs().mean()
 
@@ -256,7 +256,7 @@ def test_a_batch_without_targets_or_events_works(name: str) -> None:
 
 
 def test_the_paper_preset_is_the_papers_shape() -> None:
-    config = PRESETS["paper"]()
+    config = preset(TINY, "sum_paper").shape
     assert (len(config.user.sizes), config.embeddings, config.dim) == (4, 2, 96)
     assert set(config.user.interactions) == {"mlp", "dot", "dcn", "mixer"}
     small = replace(config.tables, default_rows=16, item_rows=16)

@@ -13,6 +13,8 @@ Pooling is O(M N) and not O(N N). Engineering at Meta, "Sequence learning", 2024
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,17 +22,59 @@ from torch.nn import functional as F
 from models.axes import Blocks, blocks, numbered
 from models.batch import Batch
 from models.clock import DAY_US
-from models.encoders import layer
+from models.encoders import Encoder, layer
 from models.event import EventEncoder, event_rows
 from models.features import FeaturePlan
 from models.history import target_pairs
 from models.outputs import Outputs
 from models.publishing import UserHead
 from models.reader import HistoryNumbers, Read, Reader, newest_events
-from models.sequence_config import SequenceConfig
-from models.sum import UserSide
-from models.tables import Tables
-from models.towers import MixTower, TargetEncoder, of_targets
+from models.tables import TableConfig, Tables
+from models.towers import MixConfig, MixTower, TargetEncoder, of_targets
+from models.upstream import ModelKind
+from models.user_tower import UserSide
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """Shape of an event sequence model.
+
+    Args:
+        embeddings: K, published per user.
+        tables: dimension D and sizes of the embedding tables.
+        width: E, of an event embedding.
+        queries: M, embeddings that the history is pooled to.
+        heads: attention heads of each of them.
+        head_dim: of a head.
+        layers: causal self-attention layers under the pooling; 0 is the base, O(M N).
+        encoder: what kind of layer.
+        newest: of the visible events, so many are read as they are too, beside the attention.
+        numbers: width of the MLP that reads what is counted and known beside the attention.
+        bags: the published embeddings begin in the direction of bags of the ids that candidates share
+            (`models.publishing`).
+        members: readers of the history, whose logits are averaged; the cost grows with them.
+        mix, user_mix: the interaction modules over the M, and over the K embeddings.
+    """
+
+    embeddings: int = 2
+    tables: TableConfig = field(default_factory=TableConfig)
+    width: int = 64
+    queries: int = 4
+    heads: int = 2
+    head_dim: int = 16
+    layers: int = 0
+    encoder: Encoder = Encoder.SOFTMAX
+    newest: int = 2
+    numbers: int = 192
+    bags: bool = False
+    members: int = 1
+    mix: MixConfig = field(default_factory=lambda: MixConfig(sizes=(6,)))
+    user_mix: MixConfig = field(default_factory=lambda: MixConfig(sizes=(4,)))
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.tables.dim
 
 
 class Sequence(nn.Module):
@@ -39,7 +83,7 @@ class Sequence(nn.Module):
     Args:
         plan: the features.
         config: its shape.
-        user_side: what of the nightly user features joins the mix tower (`models.hybrid`).
+        user_side: what of the nightly user features joins the mix tower (`models/upstream/hybrid.py`).
         device: where it lives; fused tables cannot move later.
     """
 
@@ -117,17 +161,21 @@ class Sequence(nn.Module):
         user_logits = self.user_mix_tower(torch.cat([tokens, expanded], dim=1), dense)
         return Outputs(members.mean(0), user_logits, users, members)
 
-    def user_embeddings(self, batch: Batch, end: Tensor, at: Tensor) -> Tensor:
+    def user_embeddings(self, batch: Batch, at: Tensor | None = None) -> Tensor:
         """The K embeddings of each row's user at an instant. Reads no target.
 
         Args:
             batch: rows and their events.
-            end: (R,) int64, how many of its events were available at `at`.
-            at: (R,) int64 microseconds.
+            at: (R,) int64 microseconds, UTC; every event of a row was available then. None: what served
+                the day of the row's targets (`served_prefix`).
 
         Returns:
             (R, K, D) float32.
         """
+        if at is None:
+            end, at = served_prefix(batch, self.plan)
+        else:
+            end = batch.event_offsets.diff()
         ids = self.tables(self.event.lookups(batch))
         return self.user_head(batch, self._encode(batch, ids), ids, end, at)
 
@@ -158,3 +206,12 @@ def served_prefix(batch: Batch, plan: FeaturePlan) -> tuple[Tensor, Tensor]:
     seen = F.pad(early.to(torch.int64).cumsum(0), (1, 0))
     end = seen.index_select(0, batch.event_offsets).diff()
     return torch.where(counts > 0, end, torch.zeros_like(end)), cutoff
+
+
+KIND = ModelKind(
+    config=SequenceConfig,
+    module=Sequence,
+    history=True,
+    user_features=False,
+    user_table="sequences",
+)

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 import torch
 
 from models.features import FeaturePlan
-from models.sequence import Sequence
-from models.sequence_config import SequenceConfig
-from models.sum import UserSide
 from models.towers import TowerConfig
+from models.upstream import ModelKind
+from models.upstream.sequence import Sequence, SequenceConfig
+from models.user_tower import UserSide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +63,8 @@ class Hybrid(Sequence):
             dense_tokens=config.dense_tokens,
         )
         super().__init__(plan, config, user_side=user_side, device=device)
+
+
+KIND = ModelKind(
+    config=HybridConfig, module=Hybrid, history=True, user_features=True, user_table="sequences"
+)

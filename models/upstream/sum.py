@@ -8,27 +8,19 @@ The user tower runs once per row; only its K embeddings are expanded to the row'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from models.axes import Blocks, numbered
+from models.axes import numbered
 from models.batch import Batch
 from models.features import FeaturePlan
-from models.interactions import Compress, InteractionConfig, Pyramid
-from models.numbers import hinged, hinges
 from models.outputs import Outputs
-from models.tables import Lookup, TableConfig, Tables
-from models.towers import (
-    MixConfig,
-    MixTower,
-    TargetEncoder,
-    TowerConfig,
-    UserEncoder,
-    of_targets,
-)
+from models.tables import TableConfig, Tables
+from models.towers import MixConfig, MixTower, TargetEncoder, TowerConfig, UserEncoder, of_targets
+from models.upstream import ModelKind
+from models.user_tower import UserTower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,86 +47,6 @@ class SumConfig:
     def dim(self) -> int:
         """D."""
         return self.tables.dim
-
-
-def small() -> SumConfig:
-    """Two modules of MLP and DCN, a mix tower of dot products, K=2, D=32: trains on a laptop's CPU."""
-    return SumConfig()
-
-
-def paper() -> SumConfig:
-    """The production shape of the paper: four modules, all interactions, K=2, D=96."""
-    everything = ("mlp", "dot", "dcn", "mixer")
-    inside = InteractionConfig(hidden=512, compressed=16, cross_layers=3, cross_rank=128)
-    return SumConfig(
-        tables=TableConfig(dim=96),
-        user=TowerConfig(sizes=(40, 30, 20, 10), interactions=everything, inside=inside),
-        mix=MixConfig(sizes=(15, 10), interactions=everything, inside=inside),
-        dense_tokens=8,
-    )
-
-
-PRESETS = {"small": small, "paper": paper}
-
-
-class UserTower(nn.Module):
-    """N_0 embeddings of user features to K user embeddings, each layer-normalised.
-
-    The norm keeps what is published within the range of fp16 and on one scale from day to day.
-    """
-
-    def __init__(
-        self, tokens: Sequence[str], dim: int, *, embeddings: int, config: TowerConfig
-    ) -> None:
-        super().__init__()
-        self.pyramid = Pyramid(
-            tokens, config.sizes, dim, interactions=config.interactions, config=config.inside
-        )
-        self.compress = Compress(self.pyramid.outputs, embeddings)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, tokens: Tensor, dense: Tensor) -> Tensor:
-        """(R, N_0, D) and (R, D) -> (R, K, D)."""
-        return self.norm(self.compress(self.pyramid(tokens, dense)))
-
-
-class UserSide(nn.Module):
-    """The user tower for a mix tower that is not SUM's (`models.hybrid`).
-
-    Args:
-        plan: the features.
-        dim: D.
-        embeddings: L, that the nightly features become.
-        config: the user tower's modules.
-        dense_tokens: embeddings that the dense user features become.
-    """
-
-    def __init__(
-        self,
-        plan: FeaturePlan,
-        dim: int,
-        *,
-        embeddings: int,
-        config: TowerConfig,
-        dense_tokens: int,
-    ) -> None:
-        super().__init__()
-        self.encoder = UserEncoder(plan, dim, dense_tokens=dense_tokens)
-        self.tower = UserTower(self.encoder.tokens, dim, embeddings=embeddings, config=config)
-        self.tokens = numbered("nightly", embeddings)
-        self.inputs: Blocks = hinged(self.encoder.inputs)
-        ids = [u.vocabulary for u in plan.user_ids]
-        self.vocabularies = ids + [b.vocabulary for b in plan.bags]
-
-    def lookups(self, batch: Batch) -> list[Lookup]:
-        """One per user attribute and sparse feature, R embeddings each."""
-        return self.encoder.lookups(batch)
-
-    def forward(self, batch: Batch, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of each target's user: the L embeddings (T, L, D), and numbers (T, F) float32."""
-        numbers = self.encoder.numbers(batch)
-        users = self.tower(*self.encoder(batch, embeddings, numbers))
-        return of_targets(batch, users), hinges(numbers).index_select(0, batch.row_of_target)
 
 
 class Sum(nn.Module):
@@ -170,8 +82,9 @@ class Sum(nn.Module):
         )
         self.to(device)
 
-    def user_embeddings(self, batch: Batch) -> Tensor:
-        """The K embeddings of each row's user, (R, K, D) float32. Reads no target and no event."""
+    def user_embeddings(self, batch: Batch, at: Tensor | None = None) -> Tensor:
+        """The K embeddings of each row's user, (R, K, D) float32, of its nightly features: the same at
+        every instant. Reads no target and no event."""
         return self._user(batch, self.tables(self.user.lookups(batch)))
 
     def mix(self, batch: Batch, user_embeddings: Tensor) -> Tensor:
@@ -192,3 +105,8 @@ class Sum(nn.Module):
     def _mix(self, batch: Batch, embeddings: list[Tensor], users: Tensor) -> Tensor:
         tokens, dense = self.target(batch, embeddings)
         return self.mix_tower(torch.cat([tokens, of_targets(batch, users)], dim=1), dense)
+
+
+KIND = ModelKind(
+    config=SumConfig, module=Sum, history=False, user_features=True, user_table="aggregates"
+)
