@@ -136,7 +136,7 @@ class Peer:
         """Logits (candidates,)."""
         values = self.user_part(asked)
         there = torch.ones(1, dtype=torch.bool)
-        return self.downstream(asked.batch, {SOURCE: Published(values, there)})
+        return self.downstream(asked.batch, {SOURCE: Published(values, there)}).squeeze(1)
 
 
 def peers(dataset: Dataset) -> list[Peer]:
@@ -148,7 +148,7 @@ def peers(dataset: Dataset) -> list[Peer]:
         count, dim = tower.config.embeddings, tower.config.dim
         read = [PublishedSource(name=SOURCE, embeddings=count, dim=dim)]
         of_reader = shape_of(downstream_training(dataset), read, user_features=False)
-        downstream = Downstream(plan, of_reader).eval()
+        downstream = Downstream(plan, {PUBLISHED: of_reader}).eval()
         found += [reading(shape, downstream, torch.randn(USERS, count, dim).half())]
         found += [carrying_sum(shape, downstream, tower)]
         pooling = preset(dataset, "sequence").build(dataset, torch.device("cpu")).eval()

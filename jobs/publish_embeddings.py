@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from feature_store.embeddings import UserEmbeddings
     from feature_store.lake import Lake
-    from jobs.training.loop import Learner
+    from jobs.training.learner import Learner
     from jobs.training.presets import Preset
 
 POOLED_DAYS = 3  # ds, ds - 1 and ds - 2

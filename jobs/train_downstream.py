@@ -26,7 +26,7 @@ from jobs.training.results import PREDICTIONS, RESULT
 if TYPE_CHECKING:
     from feature_store.lake import Lake
     from jobs.training.config import DownstreamTraining
-    from jobs.training.loop import Scored
+    from jobs.training.scoring import Scored
 
 TRAIN_DAYS, MIN_TRAIN_DAYS = 5, 3  # most, and fewest, days trained on
 

@@ -27,9 +27,11 @@ from jobs.training.results import EVALUATION, RESULT
 
 if TYPE_CHECKING:
     from jobs.training.checkpoints import Checkpoints, Snapshot
+    from jobs.training.learner import Learner
     from jobs.training.loader import LabelledDay, Shown
-    from jobs.training.loop import Learner, Progress, Scored
     from jobs.training.presets import Preset
+    from jobs.training.scoring import Scored
+    from jobs.training.trainer import Progress
 
 
 def run(context: JobContext) -> None:
@@ -169,7 +171,8 @@ class UpstreamDay:
         import torch
 
         from jobs.training.ids import seed_of
-        from jobs.training.loop import Learner, choose_device
+        from jobs.training.learner import Learner
+        from jobs.training.trainer import choose_device
 
         device = choose_device()
         torch.set_num_threads(self.preset.training.threads)
@@ -210,7 +213,7 @@ class UpstreamDay:
         """Metrics per task of the snapshot that was live when the targets were shown, its predictions; and
         days shown whose snapshot does not fit the spec, with the reason."""
         from jobs.training.judge import task_metrics
-        from jobs.training.loop import concat, score
+        from jobs.training.scoring import concat, score
         from jobs.training.whole import NotWholeError
 
         found: dict[str, Any] = {}
@@ -258,7 +261,7 @@ class UpstreamDay:
         from jobs.training.checkpoints import Snapshot, state_hash
         from jobs.training.ids import seed_of
         from jobs.training.loader import labelled_batches
-        from jobs.training.loop import train
+        from jobs.training.trainer import train
 
         checkpoints, ds, training = self.checkpoints, self.context.ds, self.preset.training
         learner = self.learner(parent)

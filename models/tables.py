@@ -79,6 +79,18 @@ class Lookup(NamedTuple):
     weights: Tensor | None = None
 
 
+class Keyed(NamedTuple):
+    """Lookups as the fused kernel takes them; the same for any weights of tables of these sizes.
+
+    jagged: with a key per table; its keys have as many bags as the longest. wanted: by table, which lookups
+    are its bags, and how many of them. lookups: how many there are.
+    """
+
+    jagged: KeyedJaggedTensor
+    wanted: dict[str, list[tuple[int, int]]]
+    lookups: int
+
+
 def table_rows(ids: Tensor, rows: int) -> Tensor:
     """Row of each id: the id itself where it lies in [0, rows), else a multiplicative hash.
 
@@ -101,24 +113,26 @@ class Tables(nn.Module):
     `to()` does not move it: fused tables live where they were built.
 
     Args:
-        vocabularies: names of the tables; duplicates are one table.
-        config: sizes and training.
+        vocabularies: names of the tables; duplicates are one table. Or the vocabulary of each table, by name.
+        config: sizes and training, by vocabulary.
         device: where the tables live.
     """
 
     def __init__(
         self,
-        vocabularies: Iterable[str],
+        vocabularies: Iterable[str] | Mapping[str, str],
         *,
         config: TableConfig,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.config = config
-        self.names = tuple(dict.fromkeys(vocabularies))
+        named = vocabularies if isinstance(vocabularies, Mapping) else {v: v for v in vocabularies}
+        self.names = tuple(named)
         if not self.names:
             raise ValueError("vocabularies is empty: a model needs one categorical feature or more")
-        self.rows = {name: config.rows_of(name) for name in self.names}
+        self.rows = {name: config.rows_of(of) for name, of in named.items()}
+        self.scales = {name: config.init_scale_of(of) for name, of in named.items()}
         self.collection = FusedEmbeddingBagCollection(
             tables=[
                 EmbeddingBagConfig(
@@ -126,8 +140,8 @@ class Tables(nn.Module):
                     feature_names=[name],
                     num_embeddings=self.rows[name],
                     embedding_dim=config.dim,
-                    weight_init_min=-config.init_scale_of(name),
-                    weight_init_max=config.init_scale_of(name),
+                    weight_init_min=-self.scales[name],
+                    weight_init_max=self.scales[name],
                 )
                 for name in self.names
             ],
@@ -140,34 +154,33 @@ class Tables(nn.Module):
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         return self
 
-    def forward(self, lookups: Sequence[Lookup]) -> list[Tensor]:
+    def forward(self, lookups: Sequence[Lookup] | Keyed) -> list[Tensor]:
         """The embeddings of each lookup, (B, D) float32 each, in one call of the fused kernel."""
-        parts: dict[str, list[tuple[int, Lookup]]] = {name: [] for name in self.names}
-        for i, lookup in enumerate(lookups):
-            parts[lookup.table].append((i, lookup))
-        results: list[Tensor | None] = [None] * len(lookups)
-        bags = {name: sum(_bags(x) for _, x in part) for name, part in parts.items()}
-        stride = max(bags.values(), default=0)
-        if stride == 0:
-            like = lookups[0].ids
-            return [torch.zeros(0, self.config.dim, device=like.device) for _ in lookups]
-        embeddings = self.collection(self._keyed(parts, bags, stride)).values()
+        keyed = lookups if isinstance(lookups, Keyed) else self.keyed(lookups)
+        device = keyed.jagged.values().device
+        found = [torch.zeros(0, self.config.dim, device=device)] * keyed.lookups
+        if not keyed.jagged.stride():
+            return found
+        embeddings = self.collection(keyed.jagged).values()
         columns = embeddings.split(self.config.dim, dim=1)
         for name, column in zip(self.names, columns, strict=True):
-            part = parts[name]
-            if not part:
-                continue
-            sizes = [_bags(x) for _, x in part]
-            for (i, _), piece in zip(part, column[: sum(sizes)].split(sizes), strict=True):
-                results[i] = piece
-        return [r for r in results if r is not None]
+            wanted = keyed.wanted[name]
+            sizes = [bags for _, bags in wanted]
+            for (i, _), piece in zip(wanted, column[: sum(sizes)].split(sizes), strict=True):
+                found[i] = piece
+        return found
 
-    def _keyed(
-        self, parts: dict[str, list[tuple[int, Lookup]]], bags: dict[str, int], stride: int
-    ) -> KeyedJaggedTensor:
+    def keyed(self, lookups: Sequence[Lookup]) -> Keyed:
+        """The lookups for `forward`: ids hashed, missing ones dropped. Done once, it serves many passes."""
+        parts: dict[str, list[Lookup]] = {name: [] for name in self.names}
+        wanted: dict[str, list[tuple[int, int]]] = {name: [] for name in self.names}
+        for i, lookup in enumerate(lookups):
+            parts[lookup.table].append(lookup)
+            wanted[lookup.table].append((i, _bags(lookup)))
+        stride = max(sum(bags for _, bags in of) for of in wanted.values())
         values, lengths, weights = [], [], []
         for name in self.names:
-            for _, lookup in parts[name]:
+            for lookup in parts[name]:
                 present = lookup.ids != -1
                 kept = table_rows(lookup.ids[present], self.rows[name])
                 values.append(kept)
@@ -180,15 +193,23 @@ class Tables(nn.Module):
                     weights.append(kept.new_ones(kept.shape, dtype=torch.float32))
                 else:
                     weights.append(lookup.weights[present])
-            if bags[name] < stride:
-                device = next(x.ids.device for p in parts.values() for _, x in p)
-                lengths.append(torch.zeros(stride - bags[name], dtype=torch.int32, device=device))
-        return KeyedJaggedTensor(
+            empty = stride - sum(bags for _, bags in wanted[name])
+            lengths.append(torch.zeros(empty, dtype=torch.int32, device=lookups[0].ids.device))
+        jagged = KeyedJaggedTensor(
             keys=list(self.names),
             values=torch.cat(values),
             lengths=torch.cat([x.to(torch.int32) for x in lengths]),
             weights=torch.cat(weights),
+            stride=stride,
         )
+        return Keyed(jagged, wanted, len(lookups))
+
+    @torch.no_grad()
+    def draw(self, names: Iterable[str]) -> None:
+        """First weights for these tables, from torch's generator."""
+        for name in names:
+            weight = self.collection.embedding_bags[member(name)].weight
+            weight.uniform_(-self.scales[name], self.scales[name])
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Table name -> row-wise Adagrad's sum of squares, (rows,) float32. Views, not copies."""

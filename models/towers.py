@@ -74,6 +74,12 @@ def of_targets(batch: Batch, users: Tensor) -> Tensor:
     return expanded.unflatten(1, users.shape[1:])
 
 
+def raw_numbers(batch: Batch, plan: FeaturePlan) -> Tensor:
+    """(T, C + I) float32: context numbers and item features of the targets, NaN where missing."""
+    context = [batch.context_floats[name][:, None] for name in plan.context_numbers]
+    return torch.cat([*context, batch.item_features[:, : len(plan.item_numbers)]], dim=1)
+
+
 class TargetEncoder(nn.Module):
     """Item and context features of a target. Nothing about its user.
 
@@ -84,15 +90,23 @@ class TargetEncoder(nn.Module):
         plan: the features.
         dim: D.
         hidden: width of the MLP of the numbers.
+        standardise: of the numbers, where encoders share it.
     """
 
-    def __init__(self, plan: FeaturePlan, dim: int, *, hidden: int = 64) -> None:
+    def __init__(
+        self,
+        plan: FeaturePlan,
+        dim: int,
+        *,
+        hidden: int = 64,
+        standardise: Standardise | None = None,
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.kind = embedding(roles("target", plan.target_kinds), dim)
         nn.init.normal_(self.kind.weight, std=0.1)
         numbers = roles("context", plan.context_numbers) + roles("item", plan.item_numbers)
-        self.standardise = Standardise(blocks(numbers))
+        self.standardise = standardise or Standardise(blocks(numbers))
         self.inputs: Blocks = (*hinged(blocks(numbers)), ("phases", PHASES))
         self.dense = mlp(self.inputs, hidden, dim)
         self.tokens = (*looked_up("candidate", plan.candidates), "kind")
@@ -103,9 +117,11 @@ class TargetEncoder(nn.Module):
 
     def numbers(self, batch: Batch) -> Tensor:
         """(T, F) float32, as `inputs` says."""
-        context = [batch.context_floats[n][:, None] for n in self.plan.context_numbers]
-        raw = torch.cat([*context, batch.item_features[:, : len(self.plan.item_numbers)]], dim=1)
-        return torch.cat([hinges(self.standardise(raw)), phases(batch.as_of)], dim=1)
+        return self.scaled(raw_numbers(batch, self.plan), phases(batch.as_of))
+
+    def scaled(self, raw: Tensor, phase: Tensor) -> Tensor:
+        """The same of `raw_numbers` and `phases` of a batch."""
+        return torch.cat([hinges(self.standardise(raw)), phase], dim=1)
 
     def forward(
         self, batch: Batch, embeddings: list[Tensor], numbers: Tensor | None = None
@@ -128,15 +144,22 @@ class UserEncoder(nn.Module):
         dim: D.
         dense_tokens: tokens that the dense features become.
         hidden: width of the MLP of the dense features.
+        standardise: of the dense features, where encoders share it.
     """
 
     def __init__(
-        self, plan: FeaturePlan, dim: int, *, dense_tokens: int = 2, hidden: int = 64
+        self,
+        plan: FeaturePlan,
+        dim: int,
+        *,
+        dense_tokens: int = 2,
+        hidden: int = 64,
+        standardise: Standardise | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.dim, self.dense_tokens = plan, dim, dense_tokens
         numbers = blocks(roles("dense", plan.user_numbers))
-        self.standardise = Standardise(numbers)
+        self.standardise = standardise or Standardise(numbers)
         self.inputs: Blocks = (*numbers, ("has_aggregates", 1))
         self.dense = mlp(self.inputs, hidden, (dense_tokens + 1) * dim)
         self.tokens = (

@@ -9,6 +9,7 @@ from models.downstream import Downstream
 
 def reads_embeddings(model: Downstream) -> Downstream:
     """`model`, as if it had learned something from published embeddings, of which it reads nothing at first."""
-    for matrix in model.published.values():
-        nn.init.normal_(matrix.weight, std=0.2)
+    for arm in model.arms.values():
+        for matrix in arm.published.values():
+            nn.init.normal_(matrix.weight, std=0.2)
     return model

@@ -40,7 +40,7 @@ from jobs import (
 )
 from jobs.context import JobContext
 from jobs.settings import EngineChoice, Settings
-from jobs.training.loop import Learner
+from jobs.training.learner import Learner
 from jobs.training.presets import preset
 from tests.batches import random_batch
 from tests.tiny import TINY
@@ -73,7 +73,7 @@ def losses(dataset: Dataset, model: str) -> list[list[float]]:
     learner.keep_parent([task.name for task in dataset.tasks])
     learner.average.train()
     batches = [random_batch(dataset, rows=16, seed=seed) for seed in range(STEPS)]
-    return [[float(x) for x in learner.step(batch)["per_task"]] for batch in batches]
+    return [[float(x) for x in learner.step(batch).per_task] for batch in batches]
 
 
 def run_days(home: Path) -> Settings:

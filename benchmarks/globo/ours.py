@@ -14,10 +14,12 @@ from benchmarks.globo.split import Split, rows_of, shown_on
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
 from jobs.training.ids import seed_of
+from jobs.training.learner import Learner
 from jobs.training.loader import cuts
-from jobs.training.loop import Learner, choose_device, score, train
 from jobs.training.presets import preset
 from jobs.training.rows import Rows
+from jobs.training.scoring import score
+from jobs.training.trainer import choose_device, train
 from models.batch import Batch
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from feature_store.errors import DataError
 from feature_store.spec import Dataset
 from jobs.training.checkpoints import replacing, write_atomically
-from jobs.training.loop import Scored
+from jobs.training.scoring import Scored
 from models.metrics import Interval, Paired, bootstrap_mean_ne_difference, finite_or_none
 
 PARTS = ("validation", "test")

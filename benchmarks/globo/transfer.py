@@ -269,11 +269,11 @@ class Transfer:
         draw = seed_of("transfer", self.dataset.name, task.name, seed)
         compared = {part: of.comparison(part, source, draw) for part in PARTS}
         begun = time.monotonic()
-        model = compared["test"].train(arm)
+        model = compared["test"].train([arm])
         seconds = time.monotonic() - begun
         rate = compared["test"].base_rate()
         found = [
-            of_scored(self.dataset, part, comparison.predict(model, arm))
+            of_scored(self.dataset, part, comparison.predict(model)[arm.name])
             for part, comparison in compared.items()
         ]
         test = found[-1]

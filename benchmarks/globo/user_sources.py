@@ -37,9 +37,10 @@ from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.downstream import Loaded
 from jobs.training.ids import int64_ids, seed_of
+from jobs.training.learner import Learner
 from jobs.training.loader import user_batches
-from jobs.training.loop import Learner, choose_device
 from jobs.training.presets import Preset, preset
+from jobs.training.trainer import choose_device
 from jobs.training.whole import whole_learner
 from models.batch import Batch
 from models.downstream import Published

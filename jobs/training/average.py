@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -43,8 +44,9 @@ class Average:
     def update(self, step: int) -> None:
         """The parameters are as trained after `step` steps in all, from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, average in self.other.items():
-            average.lerp_(self.parameters[name], 1.0 - decay)
+        if self.other:
+            trained = [self.parameters[name] for name in self.other]
+            torch._foreach_lerp_(list(self.other.values()), trained, 1.0 - decay)
 
     def trained(self) -> dict[str, Tensor]:
         """The trained version by name, where it differs from what `served` gives. Views."""

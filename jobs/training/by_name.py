@@ -51,7 +51,7 @@ class Loading:
 
     Args:
         model: whose tensors are wanted.
-        state: what `Learner.state` gave.
+        state: what `Trainer.state` gave.
     """
 
     def __init__(self, model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Loading:
         """Replace the state of the optimizers, by kind, for `parameters`, by name."""
         names = {parameter: name for name, parameter in parameters.items()}
         for kind, optimizer in optimizers.items():
-            for parameter in optimizer.param_groups[0]["params"]:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 slots = self._slots(kind, names[parameter], parameter)
                 if slots is None:
                     optimizer.state.pop(parameter, None)

@@ -24,42 +24,51 @@ class Shift(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """One day's training.
+class Optimization:
+    """How any model is optimized.
 
     Args:
-        epochs: passes over the day. One where single ids have embeddings: these overfit when they see a
-            label twice.
+        epochs: passes over the data.
         learning_rate: of everything but the embedding tables (theirs is the model's).
         muon: matrices are moved by Muon (`muon.py`); off: by Adam, as the rest is.
         average: decay of the moving average of the weights per step; 0: none. The average is what is
             scored and published, and training goes on from the weights themselves.
-        max_grad_norm: gradients of the same are clipped to it.
-        task_weights: (task, weight in the loss); 1 where a task is not named.
-        domain: value of the dataset's domain feature (a string, where its ids are) whose targets'
-            labels are trained on; None: all. Everything else is still scored.
-        shift, shift_weight: the term of the loss that looks back at the parent, and its weight. A
-            model's first day has no parent, and no such term.
+        max_grad_norm: gradients of the same are clipped to it; None: they are not.
         threads: of torch on a CPU. Part of the configuration, as sums depend on it in the last bit.
-        catch_up_days: days before its own whose labels a training reads as well, where no champion was
-            trained on them: their candidates were rejected.
-        checkpoint_every_s: seconds between checkpoints to resume from.
-        limits: of the batches trained on.
-        inference: of the batches that are only scored.
+        checkpoint_every_s: seconds between checkpoints to resume from, where a training keeps any.
     """
 
     epochs: int = 1
     learning_rate: float = 2e-3
     muon: bool = False
     average: float = 0.99
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
+    threads: int = 1
+    checkpoint_every_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Optimization):
+    """One day's training of an upstream model. One epoch where single ids have embeddings: these overfit
+    when they see a label twice.
+
+    Args:
+        task_weights: (task, weight in the loss); 1 where a task is not named.
+        domain: value of the dataset's domain feature (a string, where its ids are) whose targets'
+            labels are trained on; None: all. Everything else is still scored.
+        shift, shift_weight: the term of the loss that looks back at the parent, and its weight. A
+            model's first day has no parent, and no such term.
+        catch_up_days: days before its own whose labels a training reads as well, where no champion was
+            trained on them: their candidates were rejected.
+        limits: of the batches trained on.
+        inference: of the batches that are only scored.
+    """
+
     task_weights: tuple[tuple[str, float], ...] = ()
     domain: int | str | None = None
     shift: Shift = Shift.NONE
     shift_weight: float = 1.0
-    threads: int = 1
     catch_up_days: int = 7
-    checkpoint_every_s: float = 300.0
     limits: Limits = field(default_factory=lambda: Limits(max_targets=512))
     inference: Limits = field(default_factory=Limits)
 
@@ -102,37 +111,32 @@ class GateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DownstreamTraining:
-    """The budget of every arm of a downstream comparison.
+class DownstreamTraining(Optimization):
+    """The budget of every arm of a downstream comparison. In one epoch an arm may take too few steps to
+    read an embedding.
 
     Args:
         max_train_targets, max_test_targets: above them a share of the users is taken.
-        epochs: passes. In one an arm may take too few steps to read an embedding.
         batch_targets: targets of a batch. Small: a model that has taken too few steps tells nothing
             about its inputs.
-        learning_rate: of Adam; the tables have theirs.
         published_learning_rate: of what reads the published embeddings. Larger, since it starts at zero and
             is not learned before the rest (LoRA+, arXiv 2402.12354).
-        average: decay of the moving average of the weights, as upstream.
         bootstrap_samples: of the intervals.
         importance_targets: test targets that permutation importance is measured on.
-        threads: of torch on a CPU.
         kind: of the published embeddings that are read.
         standardise: them, number by number, before they are read.
         tables: of ids. None of items, which would be learned by heart in the second pass; the others
             start small and learn slowly, or the arm with user features overfits in it.
     """
 
+    epochs: int = 2
+    max_grad_norm: float | None = None
     max_train_targets: int = 80_000
     max_test_targets: int = 30_000
-    epochs: int = 2
     batch_targets: int = 256
-    learning_rate: float = 2e-3
     published_learning_rate: float = 6e-3
-    average: float = 0.99
     bootstrap_samples: int = 300
     importance_targets: int = 6_000
-    threads: int = 1
     kind: EmbeddingKind = EmbeddingKind.POOLED
     standardise: bool = True
     tables: TableConfig = field(

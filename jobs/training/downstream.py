@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from feature_store.embeddings import UserEmbeddings
 from feature_store.spec import Dataset, Task
-from jobs.training.average import Average
 from jobs.training.config import DownstreamTraining
 from jobs.training.ids import int64_ids
 from jobs.training.judge import metrics_of
 from jobs.training.loader import Limits, cuts
-from jobs.training.loop import Scored, choose_device, concat, finite, labelled_predictions
 from jobs.training.rows import Rows
+from jobs.training.scoring import Scored, concat, finite, labelled_predictions
+from jobs.training.trainer import Step, Trainer, choose_device, train
 from models import metrics
 from models.batch import Batch, Sparse
-from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
+from models.downstream import Downstream, DownstreamConfig, Inputs, Published, PublishedSource
 from models.features import TARGET_ITEM, FeaturePlan, feature_plan
 from models.loss import multi_task_loss
 
@@ -129,6 +130,43 @@ def shape_of(
     )
 
 
+class DownstreamTrainer(Trainer[int]):
+    """The training of arms side by side; what it is trained on is the number of a batch.
+
+    Args:
+        model: with its first weights.
+        config: the budget.
+        labels: per batch (T, 1) int32, of the task alone.
+        inputs, published: per batch, on the model's device.
+    """
+
+    def __init__(
+        self,
+        model: Downstream,
+        config: DownstreamTraining,
+        device: torch.device,
+        *,
+        labels: Sequence[Tensor],
+        inputs: Sequence[Inputs],
+        published: Sequence[Mapping[str, Published]],
+    ) -> None:
+        rates = dict.fromkeys(model.reading(), config.published_learning_rate)
+        super().__init__(model, config, device, rates=rates)
+        self.labels, self.inputs, self.published = labels, inputs, published
+
+    def batch(self, item: int) -> Batch:
+        """Of that number."""
+        return self.inputs[item].batch
+
+    def loss(self, item: int) -> Step:
+        """The sum of the arms' log losses: no weight is in two of them."""
+        with self.precision():
+            logits = self.model(self.inputs[item], self.published[item])
+        labels = self.labels[item].expand_as(logits)
+        loss = multi_task_loss(logits, labels)
+        return Step(loss.total, loss.per_task, loss.counts, (labels == 1).sum(0))
+
+
 class Comparison:
     """Trains every arm on `training` and scores `test`.
 
@@ -156,61 +194,46 @@ class Comparison:
         self.device = choose_device()
         torch.set_num_threads(config.threads)
 
-    def train(self, arm: ArmConfig) -> Downstream:
-        """The arm's model, trained."""
-        sources = []
-        for name in arm.sources:
-            _, count, dim = self.training[0].published[name].values.shape
-            sources.append(PublishedSource(name=name, embeddings=count, dim=dim))
+    def train(self, arms: Sequence[ArmConfig]) -> Downstream:
+        """The arms, trained."""
+        shapes = {}
+        for arm in arms:
+            sources = []
+            for name in arm.sources:
+                _, count, dim = self.training[0].published[name].values.shape
+                sources.append(PublishedSource(name=name, embeddings=count, dim=dim))
+            shapes[arm.name] = shape_of(self.config, sources, user_features=arm.user_features)
         torch.manual_seed(self.seed)
-        shape = shape_of(self.config, sources, user_features=arm.user_features)
-        model = Downstream(self.plan, shape, device=self.device)
-        fused = {id(p) for p in model.tables.parameters()}
-        dense = {n: p for n, p in model.named_parameters() if id(p) not in fused}
-        reading = model.reading()
-        late = {id(p) for p in reading}
-        others = [p for p in dense.values() if id(p) not in late]
-        adam = torch.optim.Adam(
-            [
-                {"params": others, "lr": self.config.learning_rate},
-                {"params": reading, "lr": self.config.published_learning_rate},
-            ],
-            fused=True,
-        )
-        average = Average(dense, self.config.average)
-        average.train()
-        steps = 0
+        model = Downstream(self.plan, shapes, device=self.device)
+        trainer = DownstreamTrainer(
+            model, self.config, self.device,
+            labels=[i.batch.labels[:, self.index : self.index + 1].to(self.device) for i in self.training],
+            inputs=[model.inputs(item.batch.to(self.device)) for item in self.training],
+            published=[self._published(item.published) for item in self.training],
+        )  # fmt: skip
         order = np.random.default_rng(self.seed)
-        model.train()
-        for _ in range(self.config.epochs):
-            for i in order.permutation(len(self.training)):
-                item = self.training[i]
-                batch = item.batch.to(self.device)
-                adam.zero_grad(set_to_none=True)
-                logits = model(batch, self._published(item, arm))
-                labels = batch.labels[:, self.index : self.index + 1]
-                multi_task_loss(logits[:, None], labels).total.backward()
-                adam.step()
-                average.update(steps := steps + 1)
-        average.serve()
+        passes = [order.permutation(len(self.training)) for _ in range(self.config.epochs)]
+        train(trainer, lambda epoch, skip: passes[epoch][skip:].tolist(), seed=self.seed)
         return model.eval()
 
-    def _published(self, item: Loaded, arm: ArmConfig) -> dict[str, Published]:
-        return {m: Published(*(x.to(self.device) for x in item.published[m])) for m in arm.sources}
+    def _published(self, published: Mapping[str, Published]) -> dict[str, Published]:
+        return {m: Published(*(x.to(self.device) for x in p)) for m, p in published.items()}
 
     @torch.no_grad()
-    def predict(self, model: Downstream, arm: ArmConfig) -> Scored:
-        """Predictions for the test's labels."""
-        parts = []
+    def predict(self, model: Downstream) -> dict[str, Scored]:
+        """Predictions for the test's labels, by arm."""
+        parts: dict[str, list[Scored]] = {name: [] for name in model.configs}
         for item in self.test:
-            logits = model(item.batch.to(self.device), self._published(item, arm))
-            wide = np.full(tuple(item.batch.labels.shape), np.nan, np.float32)
-            wide[:, self.index] = torch.sigmoid(logits).cpu().numpy()
+            logits = model(item.batch.to(self.device), self._published(item.published))
+            probabilities = torch.sigmoid(logits).cpu().numpy()
             only = _only_task(item.batch, self.index)
-            parts.append(
-                labelled_predictions(self.dataset, item.rows, item.lo, item.hi, only, wide)
-            )
-        return finite(concat(parts))
+            for i, name in enumerate(parts):
+                wide = np.full(tuple(item.batch.labels.shape), np.nan, np.float32)
+                wide[:, self.index] = probabilities[:, i]
+                parts[name].append(
+                    labelled_predictions(self.dataset, item.rows, item.lo, item.hi, only, wide)
+                )
+        return {name: finite(concat(of)) for name, of in parts.items()}
 
     def base_rate(self) -> float:
         """Share of positives among the labels trained on."""
@@ -220,12 +243,11 @@ class Comparison:
     def run(self, chosen: Sequence[ArmConfig]) -> tuple[dict[str, Any], dict[str, Scored]]:
         """Results per arm, differences to the reference, importance; and predictions per arm."""
         rate = self.base_rate()
-        scored: dict[str, Scored] = {}
+        model = self.train(chosen)
+        scored = self.predict(model)
         results: dict[str, Any] = {}
-        richest: tuple[Downstream, ArmConfig] | None = None
         for arm in chosen:
-            model = self.train(arm)
-            scored[arm.name] = found = self.predict(model, arm)
+            found = scored[arm.name]
             results[arm.name] = {
                 "title": arm.title,
                 "sources": list(arm.sources),
@@ -236,15 +258,14 @@ class Comparison:
                 ),
                 "domains": self._domains(found, rate),
             }
-            if arm.user_features and (
-                richest is None or len(arm.sources) > len(richest[1].sources)
-            ):
-                richest = model, arm
         for name, difference in self._differences(scored, rate).items():
             results[name]["difference"] = difference
         out: dict[str, Any] = {"base_rate": rate, "reference": REFERENCE, "arms": results}
+        richest = max(
+            (a for a in chosen if a.user_features), key=lambda a: len(a.sources), default=None
+        )
         if richest is not None:
-            out["importance"] = self.importance(*richest, rate)
+            out["importance"] = self.importance(model, richest, rate)
         return out, scored
 
     def _domains(self, found: Scored, rate: float) -> dict[str, Any]:
@@ -291,10 +312,9 @@ class Comparison:
                 batch, published = item.batch, {m: item.published[m] for m in arm.sources}
                 if feature is not None:
                     batch, published = permuted(batch, published, feature, generator, self.plan)
-                moved = {
-                    m: Published(*(x.to(self.device) for x in p)) for m, p in published.items()
-                }
-                logits = model(batch.to(self.device), moved)
+                logits = model(
+                    batch.to(self.device), self._published(published), only=arm.name
+                ).squeeze(1)
                 known = batch.labels[:, self.index] >= 0
                 labels.append(batch.labels[known, self.index].numpy())
                 predictions.append(torch.sigmoid(logits).cpu()[known].numpy())

@@ -13,9 +13,10 @@ import numpy as np
 from feature_store.spec import Dataset
 from jobs.text import interval
 from jobs.training.config import GateConfig
+from jobs.training.learner import Learner
 from jobs.training.loader import Limits, cuts
-from jobs.training.loop import Learner, Scored, concat, labelled_predictions
 from jobs.training.rows import Rows
+from jobs.training.scoring import Scored, concat, labelled_predictions
 from models import metrics
 
 Metrics = dict[str, Any]

@@ -11,8 +11,9 @@ import torch
 from feature_store.errors import DataError, SpecError
 from feature_store.spec import Dataset
 from jobs.training.checkpoints import Checkpoints, Snapshot
-from jobs.training.loop import Learner, choose_device
+from jobs.training.learner import Learner
 from jobs.training.presets import Preset
+from jobs.training.trainer import choose_device
 
 _SERVED = ("weights", "axes")
 

@@ -32,7 +32,7 @@ def models() -> tuple[Downstream, Sum, Sequence]:
     source = PublishedSource(name=SOURCE, embeddings=K, dim=D)
     config = DownstreamConfig(use_user_features=False, sources=(source,), tables=TABLES)
     return (
-        reads_embeddings(Downstream(PLAN, config)).eval(),
+        reads_embeddings(Downstream(PLAN, {"read": config})).eval(),
         Sum(PLAN, SumConfig(tables=TABLES)).eval(),
         Sequence(PLAN, SequenceConfig(tables=TABLES)).eval(),
     )

@@ -37,8 +37,8 @@ from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints, Snapshot
 from jobs.training.config import DownstreamTraining
 from jobs.training.downstream import Comparison
+from jobs.training.learner import Learner
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows, user_batches
-from jobs.training.loop import Learner
 from jobs.training.presets import preset
 from models.downstream import Downstream, DownstreamConfig
 from models.features import feature_plan
@@ -309,7 +309,8 @@ def test_a_fresh_embedding_is_by_the_snapshot_of_the_day_before(lake, settings, 
 def test_rows_by_moment_change_no_logit_of_a_model_that_reads_no_user(lake) -> None:
     item, _ = whole(lake, DAYS[4])
     torch.manual_seed(0)
-    model = Downstream(feature_plan(SPEC), DownstreamConfig(use_user_features=False)).eval()
+    model = Downstream(feature_plan(SPEC), {"context": DownstreamConfig(use_user_features=False)})
+    model.eval()
     cut = by_moment(item.batch)
     assert torch.equal(model(cut), model(item.batch))
     assert torch.equal(cut.user_id[cut.row_of_target], item.batch.user_id[item.batch.row_of_target])
@@ -444,7 +445,9 @@ def test_a_run_has_every_arm_once_and_goes_on_where_it_was(
     trained = []
     train = Comparison.train
     monkeypatch.setattr(
-        Comparison, "train", lambda self, arm: trained.append(arm.name) or train(self, arm)
+        Comparison,
+        "train",
+        lambda self, arms: trained.extend(a.name for a in arms) or train(self, arms),
     )
     (folder / "sequence_raw_2d-click-0.json").unlink()
     report(run(lake, settings, tmp_path))

@@ -15,7 +15,7 @@ from torch import Tensor
 from feature_store.spec import Aggregate, Attribute, Dataset, DenseFeature, IdType, Kind
 from jobs.training.by_name import Taken
 from jobs.training.config import TrainingConfig
-from jobs.training.loop import Learner
+from jobs.training.learner import Learner
 from jobs.training.presets import Preset
 from models.axes import Aligned, aligned, axes_of, blocks
 from models.batch import Batch

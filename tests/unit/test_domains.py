@@ -21,8 +21,10 @@ from jobs.training.checkpoints import state_hash
 from jobs.training.config import Shift, TrainingConfig
 from jobs.training.ids import int64_ids
 from jobs.training.judge import task_metrics
-from jobs.training.loop import Learner, Scored, domain_id, train
+from jobs.training.learner import Learner, domain_id
 from jobs.training.presets import Preset, preset
+from jobs.training.scoring import Scored
+from jobs.training.trainer import train
 from jobs.training.upstream_run import metrics_of
 from models.batch import Batch
 from models.tables import TableConfig

@@ -15,8 +15,9 @@ from feature_store.columns import NO_LABEL
 from feature_store.errors import SpecError
 from jobs.training.checkpoints import state_hash
 from jobs.training.config import Shift, TrainingConfig
-from jobs.training.loop import Learner, train
+from jobs.training.learner import Learner
 from jobs.training.presets import Preset, preset
+from jobs.training.trainer import train
 from models.batch import Batch
 from models.loss import distillation, embedding_shift, multi_task_loss
 from models.outputs import Outputs

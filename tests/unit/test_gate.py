@@ -16,8 +16,8 @@ from jobs.report_page import arms_figure, drift_figure
 from jobs.training import plots
 from jobs.training.config import GateConfig
 from jobs.training.judge import Verdict, decide, drift, task_metrics
-from jobs.training.loop import Scored
 from jobs.training.parent import untrained
+from jobs.training.scoring import Scored
 from jobs.training.upstream_run import metrics_of
 from tests.synthetic import dataset
 

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.training.config import DownstreamTraining
+from jobs.training.downstream import DownstreamTrainer
+from jobs.training.trainer import train
 from models.batch import Batch
 from models.downstream import Downstream, DownstreamConfig, Published, PublishedSource
 from models.features import feature_plan, member
@@ -31,7 +34,7 @@ ARMS = {
 
 def make(arm: str) -> Downstream:
     torch.manual_seed(0)
-    return Downstream(feature_plan(TINY), ARMS[arm])
+    return Downstream(feature_plan(TINY), {arm: ARMS[arm]})
 
 
 def reading(arm: str) -> Downstream:
@@ -56,8 +59,8 @@ def test_each_arm_overfits_and_every_parameter_learns(arm: str) -> None:
     for step in range(150):
         adam.zero_grad()
         logits = model(batch, published(batch))
-        assert logits.shape == (batch.targets,)
-        loss = multi_task_loss(logits[:, None], batch.labels[:, :1]).total
+        assert logits.shape == (batch.targets, 1)
+        loss = multi_task_loss(logits, batch.labels[:, :1]).total
         loss.backward()
         if step == 0:
             assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dense(model))
@@ -81,7 +84,7 @@ def test_the_context_arm_reads_nothing_of_the_user() -> None:
 def test_a_missing_embedding_is_known_to_be_missing_whatever_lies_there() -> None:
     model, batch = reading("context and embeddings").eval(), random_batch(TINY)
     with torch.no_grad():
-        model.missing[member("sum")].fill_(0.3)
+        next(iter(model.arms.values())).missing[member("sum")].fill_(0.3)
     values, present = published(batch)["sum"]
     junk = torch.where(present[:, None, None], values, float("nan"))
     first = model(batch, {"sum": Published(values, present)})
@@ -119,3 +122,47 @@ def test_embeddings_that_are_not_as_configured_are_refused() -> None:
     wrong = Published(torch.zeros(batch.rows, 3, 32), torch.ones(batch.rows))
     with pytest.raises(ValueError, match=r"sum has shape \(6, 3, 32\), expected \(6, 2, 32\)"):
         model(batch, {"sum": wrong})
+
+
+def trained(arms: dict[str, DownstreamConfig], batches: list[Batch]) -> Downstream:
+    """Two passes over the batches, from seed 0."""
+    torch.manual_seed(0)
+    model = Downstream(feature_plan(TINY), arms)
+    trainer = DownstreamTrainer(
+        model,
+        DownstreamTraining(tables=TABLES, epochs=2),
+        torch.device("cpu"),
+        labels=[b.labels[:, :1] for b in batches],
+        inputs=[model.inputs(b) for b in batches],
+        published=[published(b, seed=i) for i, b in enumerate(batches)],
+    )
+    done = train(trainer, lambda epoch, skip: range(skip, len(batches)), seed=0)
+    assert done.steps == 2 * len(batches) and done.targets == 2 * sum(b.targets for b in batches)
+    return model.eval()
+
+
+def test_arms_side_by_side_are_what_each_is_alone() -> None:
+    batches = [random_batch(TINY, rows=8, seed=seed, ids=50) for seed in range(6)]
+    test = random_batch(TINY, rows=20, seed=9, ids=50)
+    together = trained(ARMS, batches)
+    both = together(test, published(test))
+    for i, (name, config) in enumerate(ARMS.items()):
+        alone = trained({name: config}, batches)
+        # not to the bit: the fused kernel adds up by where a row lies
+        torch.testing.assert_close(
+            alone(test, published(test)), both[:, i : i + 1], atol=1e-6, rtol=1e-5
+        )
+        assert torch.equal(together(test, published(test), only=name), both[:, i : i + 1])
+    assert len({tuple(column.tolist()) for column in both.T}) == len(ARMS)
+
+
+def test_what_reads_embeddings_learns_at_its_own_rate() -> None:
+    model = make("embeddings")
+    trainer = DownstreamTrainer(
+        model, DownstreamTraining(published_learning_rate=0.5), torch.device("cpu"),
+        labels=[], inputs=[], published=[],
+    )  # fmt: skip
+    groups = trainer.optimizers["adam"].param_groups
+    fast = {id(p) for g in groups if g["lr"] == 0.5 for p in g["params"]}
+    arm = next(iter(model.arms.values()))
+    assert fast == {id(p) for p in (*arm.published.parameters(), *arm.missing.parameters())}

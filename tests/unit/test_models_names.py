@@ -52,9 +52,9 @@ def test_a_downstream_model_of_such_names_learns_and_every_feature_is_shuffled_a
     arm = next(a for a in arms(["sum"]) if a.user_features and a.sources)
     sources = (PublishedSource(name="sum", embeddings=2, dim=8),)
     torch.manual_seed(0)
-    model = Downstream(plan, DownstreamConfig(sources=sources, tables=TABLES))
+    model = Downstream(plan, {arm.name: DownstreamConfig(sources=sources, tables=TABLES)})
     given = {"sum": Published(torch.randn(6, 2, 8), torch.ones(6, dtype=torch.bool))}
-    multi_task_loss(model(batch, given)[:, None], batch.labels[:, :1]).total.backward()
+    multi_task_loss(model(batch, given), batch.labels[:, :1]).total.backward()
     titles = features(plan, arm)
     assert len(set(titles)) == len(titles)
     for title in titles:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from jobs.training.by_name import Taken
-from jobs.training.loop import Learner, train
+from jobs.training.learner import Learner
 from jobs.training.muon import Muon, orthogonalised
 from jobs.training.presets import Preset, preset
+from jobs.training.trainer import train
 from tests.synthetic import dataset
 
 SHAPES = [(24, 96), (96, 24), (24, 24), (16, 40), (24, 96)]
