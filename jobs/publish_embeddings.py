@@ -233,7 +233,7 @@ def statistics(
         notes["common_users"] = int(present.sum())
         if present.any():
             moved = drift(raw[present], before[present])
-            notes |= {k: moved[k] for k in ("cosine", "l2", "l2_relative")}
+            notes |= {k: getattr(moved, k) for k in ("cosine", "l2", "l2_relative")}
     return notes
 
 
@@ -250,14 +250,14 @@ def pooled_cosine(rows: pa.Table, yesterday: UserEmbeddings) -> float | None:
 
     now = decode(rows["pooled"], *yesterday.values.shape[1:])
     before, present = yesterday.lookup(rows["user_id"].combine_chunks())
-    return drift(now[present], before[present])["cosine"] if present.any() else None
+    return drift(now[present], before[present]).cosine if present.any() else None
 
 
 def _log(context: JobContext, model: str, notes: dict[str, Any]) -> None:
     """Beside the training of the day, in its run."""
     from jobs.training import tracking
     from jobs.training.checkpoints import Checkpoints
-    from jobs.training.upstream_run import experiment, run_key
+    from jobs.training.upstream_log import experiment, run_key
 
     dataset = context.dataset
     day = context.settings.snapshot_dir(dataset.name, model, context.ds)

@@ -17,12 +17,19 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from feature_store.embeddings import EmbeddingKind
 from feature_store.spec import Dataset, Task
 from feature_store.tables import contracts
 from jobs.context import JobContext, main
 from jobs.paths import own
-from jobs.training.results import EVALUATION, PREDICTIONS, Results
+from jobs.training.results import (
+    EVALUATION,
+    PREDICTIONS,
+    Compared,
+    DownstreamResult,
+    Results,
+    downstream_results,
+    upstream_results,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,41 +120,42 @@ def _task(context: JobContext, task: Task) -> dict[str, Any]:
         "oracle": None,
         "why_not": "no downstream model was trained",
     }
-    written = Results.downstream(context.settings, context.dataset.name, task.name)
+    written = downstream_results(context.settings, context.dataset.name, task.name)
     results = written.until(context.ds)
-    reasons = [r["why_not"] for r in results.values() if not r["arms"]]
-    results = {ds: r for ds, r in results.items() if r["arms"]}
-    if not results:
+    reasons = [r.why_not for r in results.values() if r.compared is None]
+    compared = {ds: r.compared for ds, r in results.items() if r.compared is not None}
+    if not compared:
         return found | ({"why_not": reasons[-1]} if reasons else {})
-    frames = {r["test_day"]: _predictions(written, ds, r) for ds, r in results.items()}
-    return found | _compare(context, task, results, frames)
+    frames = {c.test_day: _predictions(written, ds, c) for ds, c in compared.items()}
+    newest = results[max(compared)]
+    return found | _compare(context, task, newest, compared[newest.ds], frames)
 
 
-def _predictions(written: Results, ds: str, result: Mapping[str, Any]) -> pd.DataFrame:
+def _predictions(written: Results[DownstreamResult], ds: str, compared: Compared) -> pd.DataFrame:
     frame = written.rows(ds, PREDICTIONS)
-    frame["test_day"] = result["test_day"]
-    frame["base_rate"] = result["base_rate"]
+    frame["test_day"] = compared.test_day
+    frame["base_rate"] = compared.base_rate
     return frame
 
 
 def _compare(
     context: JobContext,
     task: Task,
-    results: Mapping[str, Mapping[str, Any]],
+    newest: DownstreamResult,
+    compared: Compared,
     frames: Mapping[str, pd.DataFrame],
 ) -> dict[str, Any]:
-    """Every arm over all test days together."""
+    """Every arm of the newest result over all test days together."""
     import pandas as pd
 
-    newest = results[max(results)]
-    names = [n for n in newest["arms"] if all(n in f for f in frames.values())]
+    names = [n for n in newest.arms if all(n in f for f in frames.values())]
     rows = pd.concat(frames.values(), ignore_index=True)
     truth = _truth(context, task, sorted(frames), rows)
     differences = _differences(rows, names)
-    arms = [
+    arms: list[dict[str, Any]] = [
         {
             "name": name,
-            "title": newest["arms"][name]["title"],
+            "title": newest.arms[name].title,
             **_metrics(rows, rows[name]),
             "to_context": differences.get((name, CONTEXT_ARM)),
             "to_aggregates": differences.get((name, AGGREGATES_ARM)),
@@ -161,29 +169,27 @@ def _compare(
         arm["best"] = arm["ne"] is not None and arm["ne"] == min(
             a["ne"] for a in arms if a["ne"] is not None
         )
-    importance = newest.get("importance", {}).get("ranking", [])
     return {
         "days": sorted(frames),
         "targets": len(rows),
         "users": int(rows["user_id"].nunique()),
         "base_rate": float(rows["base_rate"].mean()),
         "test_rate": float(rows["label"].mean()),
-        "train_days": newest["train_days"],
-        "users_share": newest["users_share"],
-        # a result of older code has none
-        "kind": newest["config"].get("kind", EmbeddingKind.POOLED),
+        "train_days": compared.train_days,
+        "users_share": compared.users_share,
+        "kind": compared.config["kind"],
         "arms": arms,
         "oracle": oracle,
         "importance": [
             {
-                "rank": i["rank"],
-                "name": i["feature"],
-                "loss": i["ne_increase"],
-                "embedding": i["feature"].endswith(" embeddings"),
+                "rank": i.rank,
+                "name": i.feature,
+                "loss": i.ne_increase,
+                "embedding": i.feature.endswith(" embeddings"),
             }
-            for i in importance
+            for i in (compared.importance.ranking if compared.importance else ())
         ],
-        "importance_day": newest["test_day"],
+        "importance_day": compared.test_day,
     }
 
 
@@ -257,26 +263,26 @@ def _upstream(
     table: list[dict[str, Any]] = []
     by_day: dict[str, dict[str, list[tuple[str, float]]]] = {t.name: {} for t in dataset.tasks}
     for model in dataset.models:
-        written = Results.upstream(context.settings, dataset.name, model)
+        written = upstream_results(context.settings, dataset.name, model)
         days = written.until(context.ds)
         for task in dataset.tasks:
             found = {
-                ds: r["evaluation"][task.name]
-                for ds, r in days.items()
-                if task.name in r["evaluation"]
+                ds: r.evaluation[task.name] for ds, r in days.items() if task.name in r.evaluation
             }
-            why_not = [f["why_not"] for f in found.values() if f["why_not"]]
-            found = {ds: f for ds, f in found.items() if f["ne"] is not None}
+            why_not = [f.why_not for f in found.values() if f.why_not]
+            found = {ds: f for ds, f in found.items() if f.ne is not None}
             if not found:
                 table.append(_no_ne(model, task, why_not))
                 continue
-            by_day[task.name][model] = [(f["shown_ds"], f["ne"]) for f in found.values()]
+            by_day[task.name][model] = [
+                (f.shown_ds, f.ne) for f in found.values() if f.ne is not None
+            ]
             frames = []
             for ds, values in found.items():
                 frame = written.rows(ds, EVALUATION, task=task.name)
-                frames.append(frame.assign(base_rate=values["base_rate"]))
+                frames.append(frame.assign(base_rate=values.base_rate))
             rows = pd.concat(frames, ignore_index=True)
-            shown = [f["shown_ds"] for f in found.values()]
+            shown = [f.shown_ds for f in found.values()]
             truth = _truth(context, task, shown, rows)
             oracle = None if truth is None else _metrics(rows, truth)["ne"]
             mine = _metrics(rows, rows["prediction"])
@@ -308,19 +314,19 @@ def _gates(context: JobContext) -> list[dict[str, Any]]:
         {
             "model": model,
             "ds": ds,
-            "champion": r["champion"],
-            "verdict": r["gate"]["verdict"],
-            "reason": r["gate"]["reason"],
-            "candidate_ne": r["gate"]["ne"]["candidate"],
-            "champion_ne": r["gate"]["ne"]["champion"],
-            "difference": r["gate"]["difference"],
-            "trained_on": r["trained_on"],
-            "lost": r["lost"],
-            "targets": r["training"]["targets"],
-            "rate": r["training"]["targets_per_second"],
+            "champion": r.champion,
+            "verdict": r.gate.verdict,
+            "reason": r.gate.reason,
+            "candidate_ne": r.gate.ne["candidate"],
+            "champion_ne": r.gate.ne["champion"],
+            "difference": r.gate.difference and asdict(r.gate.difference),
+            "trained_on": r.trained_on,
+            "lost": r.lost,
+            "targets": r.training.targets,
+            "rate": r.training.targets_per_second,
         }
         for model in dataset.models
-        for ds, r in Results.upstream(settings, dataset.name, model).until(context.ds).items()
+        for ds, r in upstream_results(settings, dataset.name, model).until(context.ds).items()
     ]
 
 

@@ -47,10 +47,10 @@ def reproduce(settings: Settings, run_id: str, *, dataset: Dataset | None = None
     """
     from mlflow.exceptions import MlflowException
 
-    from jobs.train_upstream import UpstreamDay
     from jobs.training import tracking
     from jobs.training.checkpoints import Checkpoints
     from jobs.training.loader import label_days, labelled_day
+    from jobs.training.upstream_day import UpstreamDay
     from jobs.training.whole import recorded_preset
 
     try:

@@ -13,7 +13,7 @@ from feature_store.tables import feature_tables
 from jobs.local.plan import Pair, Plan
 from jobs.settings import Settings
 from jobs.training.checkpoints import Checkpoints
-from jobs.training.results import Results
+from jobs.training.results import downstream_results
 
 
 def not_current(plan: Plan, settings: Settings) -> set[Pair]:
@@ -60,13 +60,13 @@ def _wrong(
             yield _decided_from(Checkpoints(root), day) != lineage.identity("user_embeddings", day)
             yield lacks("user_embeddings", model)
     else:
-        results = Results.downstream(settings, dataset.name, stage.steps[0].task)
+        results = downstream_results(settings, dataset.name, stage.steps[0].task)
         try:
-            result = results.of(day) or {}
+            result = results.of(day)
         except DataError:  # it is damaged: training the day again writes it anew
             yield True
             return
-        inputs = result.get("inputs", {})  # none where it compares nothing
+        inputs = result.inputs if result else {}  # none where it compares nothing
         yield any(lineage.replaced(key, version) for key, version in inputs.items())
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +14,9 @@ from feature_store.embeddings import UserEmbeddings
 from feature_store.spec import Dataset, Task
 from jobs.training.config import DownstreamTraining
 from jobs.training.ids import int64_ids
-from jobs.training.judge import metrics_of
+from jobs.training.judge import with_domains
 from jobs.training.loader import Limits, cuts
+from jobs.training.results import ArmResult, FeatureImportance, RankedFeature
 from jobs.training.rows import Rows
 from jobs.training.scoring import Scored, concat, finite, labelled_predictions
 from jobs.training.trainer import Step, Trainer, choose_device, train
@@ -25,6 +25,7 @@ from models.batch import Batch, Sparse
 from models.downstream import Downstream, DownstreamConfig, Inputs, Published, PublishedSource
 from models.features import TARGET_ITEM, FeaturePlan, feature_plan
 from models.loss import multi_task_loss
+from models.metrics import Interval
 
 REFERENCE = "aggregates"
 _ITEM, _TIME, _POPULARITY = "the item", "time of day", "item popularity and age"
@@ -167,6 +168,16 @@ class DownstreamTrainer(Trainer[int]):
         return Step(loss.total, loss.per_task, loss.counts, (labels == 1).sum(0))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a comparison found: of each arm, and of the features of the richest; and the predictions, by arm."""
+
+    base_rate: float
+    arms: dict[str, ArmResult]
+    importance: FeatureImportance | None
+    scored: dict[str, Scored]
+
+
 class Comparison:
     """Trains every arm on `training` and scores `test`.
 
@@ -240,49 +251,33 @@ class Comparison:
         labels = torch.cat([x.batch.labels[:, self.index] for x in self.training])
         return float((labels == 1).sum()) / max(int((labels >= 0).sum()), 1)
 
-    def run(self, chosen: Sequence[ArmConfig]) -> tuple[dict[str, Any], dict[str, Scored]]:
-        """Results per arm, differences to the reference, importance; and predictions per arm."""
+    def run(self, chosen: Sequence[ArmConfig]) -> Outcome:
+        """Every arm trained and tested."""
         rate = self.base_rate()
         model = self.train(chosen)
         scored = self.predict(model)
-        results: dict[str, Any] = {}
+        differences = self._differences(scored, rate)
+        results = {}
         for arm in chosen:
-            found = scored[arm.name]
-            results[arm.name] = {
-                "title": arm.title,
-                "sources": list(arm.sources),
-                "user_features": arm.user_features,
-                **metrics_of(found.label, found.prediction, rate),
-                "gauc": metrics.finite_or_none(
-                    metrics.grouped_auc(found.label, found.prediction, found.user_id)
-                ),
-                "domains": self._domains(found, rate),
-            }
-        for name, difference in self._differences(scored, rate).items():
-            results[name]["difference"] = difference
-        out: dict[str, Any] = {"base_rate": rate, "reference": REFERENCE, "arms": results}
-        richest = max(
-            (a for a in chosen if a.user_features), key=lambda a: len(a.sources), default=None
-        )
-        if richest is not None:
-            out["importance"] = self.importance(model, richest, rate)
-        return out, scored
+            mine = scored[arm.name]
+            gauc = metrics.grouped_auc(mine.label, mine.prediction, mine.user_id)
+            results[arm.name] = ArmResult(
+                **vars(with_domains(self.dataset, mine, rate)),
+                title=arm.title,
+                sources=list(arm.sources),
+                user_features=arm.user_features,
+                gauc=metrics.finite_or_none(gauc),
+                difference=differences.get(arm.name),
+            )
+        readers = [arm for arm in chosen if arm.user_features]
+        richest = max(readers, key=lambda arm: len(arm.sources), default=None)
+        importance = None if richest is None else self.importance(model, richest, rate)
+        return Outcome(base_rate=rate, arms=results, importance=importance, scored=scored)
 
-    def _domains(self, found: Scored, rate: float) -> dict[str, Any]:
-        if self.dataset.domain is None:
-            return {}
-        return {
-            str(value): metrics_of(part.label, part.prediction, rate)
-            for value in np.unique(found.domain)
-            for part in [found.where(found.domain == value)]
-        }
-
-    def _differences(
-        self, scored: Mapping[str, Scored], rate: float
-    ) -> dict[str, dict[str, float] | None]:
-        """Each arm against the reference; None of the reference itself, and where nothing compares."""
+    def _differences(self, scored: Mapping[str, Scored], rate: float) -> dict[str, Interval]:
+        """NE of each arm less the reference's, where they compare."""
         reference = scored[REFERENCE]
-        found = metrics.bootstrap_ne_differences(
+        differences = metrics.bootstrap_ne_differences(
             reference.label,
             {n: (s.prediction, reference.prediction) for n, s in scored.items() if n != REFERENCE},
             reference.user_id,
@@ -290,13 +285,12 @@ class Comparison:
             samples=self.config.bootstrap_samples,
             seed=self.seed % 2**32,
         )
-        known = {name: asdict(i) for name, i in found.items() if np.isfinite(i.mean)}
-        return {name: known.get(name) for name in scored}
+        return {name: i for name, i in differences.items() if np.isfinite(i.mean)}
 
     # ---- permutation importance
 
     @torch.no_grad()
-    def importance(self, model: Downstream, arm: ArmConfig, rate: float) -> dict[str, Any]:
+    def importance(self, model: Downstream, arm: ArmConfig, rate: float) -> FeatureImportance:
         """NE of `model` with one feature's values shuffled among the test's users, or targets."""
         chosen, targets = [], 0
         for item in self.test:
@@ -324,19 +318,19 @@ class Comparison:
 
         whole = ne(None)
         ranking = metrics.importance_ranking(whole, {f: ne(f) for f in features(self.plan, arm)})
-        return {
-            "arm": arm.name,
-            "ne": metrics.finite_or_none(whole),
-            "targets": targets,
-            "ranking": [
-                {
-                    "rank": r.rank,
-                    "feature": r.feature,
-                    "ne_increase": metrics.finite_or_none(r.ne_increase),
-                }
+        return FeatureImportance(
+            arm=arm.name,
+            ne=metrics.finite_or_none(whole),
+            targets=targets,
+            ranking=[
+                RankedFeature(
+                    rank=r.rank,
+                    feature=r.feature,
+                    ne_increase=metrics.finite_or_none(r.ne_increase),
+                )
                 for r in ranking
             ],
-        }
+        )
 
 
 def _only_task(batch: Batch, index: int) -> Batch:

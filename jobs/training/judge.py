@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from enum import StrEnum
+from dataclasses import asdict, replace
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -15,67 +13,55 @@ from jobs.text import interval
 from jobs.training.config import GateConfig
 from jobs.training.learner import Learner
 from jobs.training.loader import Limits, cuts
+from jobs.training.results import Drift, Gate, Judged, TaskMetrics, Verdict
 from jobs.training.rows import Rows
 from jobs.training.scoring import Scored, concat, labelled_predictions
 from models import metrics
 
-Metrics = dict[str, Any]
 
-
-class Verdict(StrEnum):
-    """What the gate says of a candidate. One that could not be judged becomes champion."""
-
-    ACCEPTED = "accepted"
-    REJECTED = "rejected"
-    NOT_JUDGED = "not judged"
-
-
-def metrics_of(labels: np.ndarray, predictions: np.ndarray, base_rate: float | None) -> Metrics:
-    """NE, AUC, calibration and counts; None where a metric is not defined.
+def metrics_of(labels: np.ndarray, predictions: np.ndarray, base_rate: float | None) -> TaskMetrics:
+    """NE, AUC, calibration and counts.
 
     Args:
         labels, predictions: (n,).
         base_rate: share of positives among the labels that the predictions were trained on.
-
-    Returns:
-        ne, shifted_ne, auc, calibration; why_not, in words where there is no NE; labels, positives,
-        base_rate.
     """
-    found = metrics.summary(labels, predictions, base_rate)
-    defined = {n: metrics.finite_or_none(found[n]) for n in _DEFINED}
-    return defined | {
-        "why_not": metrics.why_no_ne(labels, base_rate),
-        "labels": len(labels),
-        "positives": int(labels.sum()),
-        "base_rate": base_rate,
-    }
-
-
-_DEFINED = ("ne", "shifted_ne", "auc", "calibration")
+    values = metrics.summary(labels, predictions, base_rate)
+    return TaskMetrics(
+        ne=metrics.finite_or_none(values["ne"]),
+        shifted_ne=metrics.finite_or_none(values["shifted_ne"]),
+        auc=metrics.finite_or_none(values["auc"]),
+        calibration=metrics.finite_or_none(values["calibration"]),
+        why_not=metrics.why_no_ne(labels, base_rate),
+        labels=len(labels),
+        positives=int(labels.sum()),
+        base_rate=base_rate,
+    )
 
 
 def task_metrics(
-    dataset: Dataset, scored: Scored, base_rates: Mapping[str, float], *, domains: bool = True
-) -> dict[str, Metrics]:
-    """Metrics per task that has labels, and under "domains" per value of the dataset's domain.
-
-    A value is named as batches hold it, an integer: text is hashed, so that a metric's name is one that
-    MLflow takes whatever the text holds.
-    """
-    found = {}
+    dataset: Dataset, scored: Scored, base_rates: Mapping[str, float]
+) -> dict[str, TaskMetrics]:
+    """Metrics per task that has labels, and in them per value of the dataset's domain."""
+    of_tasks = {}
     for index, task in enumerate(dataset.tasks):
         mine = scored.where(scored.task == index)
-        if not len(mine):
-            continue
-        rate = base_rates.get(task.name)
-        found[task.name] = metrics_of(mine.label, mine.prediction, rate)
-        if domains and dataset.domain is not None:
-            found[task.name]["domains"] = {
-                str(value): metrics_of(part.label, part.prediction, rate)
-                for value in np.unique(mine.domain)
-                for part in [mine.where(mine.domain == value)]
-            }
-    return found
+        if len(mine):
+            of_tasks[task.name] = with_domains(dataset, mine, base_rates.get(task.name))
+    return of_tasks
+
+
+def with_domains(dataset: Dataset, scored: Scored, base_rate: float | None) -> TaskMetrics:
+    """Metrics of one task, and per value of the dataset's domain where it has one."""
+    whole = metrics_of(scored.label, scored.prediction, base_rate)
+    if dataset.domain is None:
+        return whole
+    domains = {
+        str(value): metrics_of(part.label, part.prediction, base_rate)
+        for value in np.unique(scored.domain)
+        for part in [scored.where(scored.domain == value)]
+    }
+    return replace(whole, domains=domains)
 
 
 def score_and_embed(
@@ -89,8 +75,8 @@ def score_and_embed(
         for lo, hi in cuts(rows, limits):
             batch = rows.batch(lo, hi)
             for name, learner in learners.items():
-                found = learner.probabilities(batch).numpy()
-                scored[name].append(labelled_predictions(dataset, rows, lo, hi, batch, found))
+                predicted = learner.probabilities(batch).numpy()
+                scored[name].append(labelled_predictions(dataset, rows, lo, hi, batch, predicted))
                 embedded[name].append(learner.user_embeddings(batch).numpy())
     nobody = np.empty((0, 0, 0), np.float32)
     return {
@@ -99,38 +85,34 @@ def score_and_embed(
     }
 
 
-def drift(candidate: np.ndarray, champion: np.ndarray | None) -> Metrics:
+def drift(candidate: np.ndarray, champion: np.ndarray | None) -> Drift:
     """How far the embeddings of the same users moved.
 
     Args:
         candidate, champion: (R, K, D) float, rows aligned.
-
-    Returns:
-        users; finite; norm (mean L2 norm of the K*D values by the candidate); cosine (mean); l2 (mean
-        distance); l2_relative (that over the champion's mean norm). None where there is nothing to
-        measure, or nothing to compare with.
     """
     ours = flat(candidate)
     norms = np.linalg.norm(ours, axis=1)
-    found: Metrics = {
-        "users": len(ours),
-        "finite": bool(np.isfinite(ours).all()),
-        "norm": metrics.finite_or_none(norms.mean()) if len(ours) else None,
-        "cosine": None,
-        "l2": None,
-        "l2_relative": None,
-    }
+    alone = Drift(
+        users=len(ours),
+        finite=bool(np.isfinite(ours).all()),
+        norm=metrics.finite_or_none(norms.mean()) if len(ours) else None,
+        cosine=None,
+        l2=None,
+        l2_relative=None,
+    )
     if champion is None or not len(ours) or champion.shape != candidate.shape:
-        return found
+        return alone
     theirs = flat(champion)
     others = np.linalg.norm(theirs, axis=1)
     distance = np.linalg.norm(ours - theirs, axis=1)
     cosine = (ours * theirs).sum(1) / np.maximum(norms * others, 1e-12)
-    return found | {
-        "cosine": metrics.finite_or_none(cosine.mean()),
-        "l2": metrics.finite_or_none(distance.mean()),
-        "l2_relative": metrics.finite_or_none(distance.mean() / max(others.mean(), 1e-12)),
-    }
+    return replace(
+        alone,
+        cosine=metrics.finite_or_none(cosine.mean()),
+        l2=metrics.finite_or_none(distance.mean()),
+        l2_relative=metrics.finite_or_none(distance.mean() / max(others.mean(), 1e-12)),
+    )
 
 
 def flat(embeddings: np.ndarray) -> np.ndarray:
@@ -143,9 +125,9 @@ def decide(
     candidate: Scored,
     champion: Scored | None,
     base_rates: Mapping[str, float],
-    moved: Metrics,
+    moved: Drift,
     gate: GateConfig,
-) -> Metrics:
+) -> Gate:
     """Whether the candidate is rejected, and why; or that there is too little to judge it by.
 
     It is rejected where its NE less the champion's, averaged over the tasks that have enough held-out
@@ -157,35 +139,24 @@ def decide(
         candidate, champion: of the same labels of held-out users, in the same order; None: there is no
             champion yet.
         base_rates: by task, for both sides.
-        moved: what `drift` found.
-
-    Returns:
-        verdict; reason, "" where it is accepted; ne of each side and difference (mean, low, high) over
-        the tasks judged, None where none was; tasks: per task candidate, champion (`metrics_of`), and
-        why_not, None where it was judged; drift.
+        moved: what `drift` says of both sides' embeddings.
     """
-    tasks: dict[str, Metrics] = {}
+    tasks: dict[str, Judged] = {}
     pairs = []
     for index, task in enumerate(dataset.tasks):
         ours, rate = candidate.where(candidate.task == index), base_rates.get(task.name)
-        why_not = _too_little(ours, rate, gate)
-        tasks[task.name] = {
-            "candidate": metrics_of(ours.label, ours.prediction, rate),
-            "champion": None,
-            "why_not": why_not,
-        }
-        if champion is None:
-            continue
-        theirs = champion.where(champion.task == index)
-        if len(ours) and not len(theirs):
-            tasks[task.name]["why_not"] = "the champion does not know the task"
-            continue
-        assert np.array_equal(ours.target_id, theirs.target_id)
-        tasks[task.name]["champion"] = metrics_of(theirs.label, theirs.prediction, rate)
-        if why_not is None:
-            pairs.append(
-                metrics.Paired(ours.label, ours.prediction, theirs.prediction, ours.user_id, rate)
-            )
+        why_not, other = _too_little(ours, rate, gate), None
+        theirs = None if champion is None else champion.where(champion.task == index)
+        if theirs is not None and len(ours) and not len(theirs):
+            why_not = "the champion does not know the task"
+        elif theirs is not None:
+            assert np.array_equal(ours.target_id, theirs.target_id)
+            other = metrics_of(theirs.label, theirs.prediction, rate)
+            if why_not is None:
+                both = ours.prediction, theirs.prediction
+                pairs.append(metrics.Paired(ours.label, *both, ours.user_id, rate))
+        mine = metrics_of(ours.label, ours.prediction, rate)
+        tasks[task.name] = Judged(candidate=mine, champion=other, why_not=why_not)
     difference = metrics.bootstrap_mean_ne_difference(
         pairs, samples=gate.bootstrap_samples, confidence=gate.confidence
     )
@@ -200,17 +171,22 @@ def decide(
         verdict = Verdict.REJECTED
     elif not compared:
         verdict, reason = Verdict.NOT_JUDGED, _why_not_judged(champion, tasks)
-    return {
-        "verdict": verdict,
-        "reason": reason,
-        "ne": {side: _mean_ne(tasks, side) if compared else None for side in _SIDES},
-        "difference": asdict(difference) if compared else None,
-        "tasks": tasks,
-        "drift": moved,
+    judged = [t for t in tasks.values() if t.why_not is None]
+    sides = {
+        "candidate": [t.candidate.ne for t in judged],
+        "champion": [t.champion.ne for t in judged if t.champion],
     }
-
-
-_SIDES = ("candidate", "champion")
+    return Gate(
+        verdict=verdict,
+        reason=reason,
+        ne={
+            side: float(np.mean(np.array(ne, np.float64))) if compared else None
+            for side, ne in sides.items()
+        },
+        difference=difference if compared else None,
+        tasks=tasks,
+        drift=moved,
+    )
 
 
 def _too_little(held_out: Scored, base_rate: float | None, gate: GateConfig) -> str | None:
@@ -226,32 +202,28 @@ def _too_little(held_out: Scored, base_rate: float | None, gate: GateConfig) -> 
     return metrics.why_no_ne(held_out.label, base_rate)
 
 
-def _why_not_judged(champion: Scored | None, tasks: Mapping[str, Metrics]) -> str:
+def _why_not_judged(champion: Scored | None, tasks: Mapping[str, Judged]) -> str:
     if champion is None:
         return "no champion is before it"
     names: dict[str, list[str]] = {}
     for name, task in tasks.items():
-        if task["why_not"]:
-            names.setdefault(task["why_not"], []).append(name)
+        if task.why_not:
+            names.setdefault(task.why_not, []).append(name)
     return "; ".join(f"{', '.join(of)}: {why_not}" for why_not, of in names.items()) or (
         "fewer than two held-out users"
     )
 
 
-def _out_of_bounds(candidate: Scored, moved: Metrics, gate: GateConfig) -> list[str]:
-    found = []
+def _out_of_bounds(candidate: Scored, moved: Drift, gate: GateConfig) -> list[str]:
+    reasons = []
     if not np.isfinite(candidate.prediction).all():
-        found.append("a prediction is not a number")
-    if not moved["finite"]:
-        found.append("an embedding is not a number")
-    if moved["cosine"] is not None and moved["cosine"] < gate.min_cosine:
-        found.append(f"embeddings turned: mean cosine {moved['cosine']:.3f} < {gate.min_cosine}")
-    if moved["l2_relative"] is not None and moved["l2_relative"] > gate.max_l2:
-        found.append(
-            f"embeddings moved: L2 {moved['l2_relative']:.2f} of their norm > {gate.max_l2}"
+        reasons.append("a prediction is not a number")
+    if not moved.finite:
+        reasons.append("an embedding is not a number")
+    if moved.cosine is not None and moved.cosine < gate.min_cosine:
+        reasons.append(f"embeddings turned: mean cosine {moved.cosine:.3f} < {gate.min_cosine}")
+    if moved.l2_relative is not None and moved.l2_relative > gate.max_l2:
+        reasons.append(
+            f"embeddings moved: L2 {moved.l2_relative:.2f} of their norm > {gate.max_l2}"
         )
-    return found
-
-
-def _mean_ne(tasks: Mapping[str, Metrics], side: str) -> float:
-    return float(np.mean([t[side]["ne"] for t in tasks.values() if t["why_not"] is None]))
+    return reasons

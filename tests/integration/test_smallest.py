@@ -199,7 +199,7 @@ def test_five_users_for_five_days_get_through_every_job(ran):
         _strict(settings.downstream_dir("handful", task.name) / DAYS[-1] / "result.json")
         for task in SPEC.tasks
     )
-    assert click["test_day"] == DAYS[4] and click["arms"]["aggregates_all"]["ne"] > 0
+    assert click["compared"]["test_day"] == DAYS[4] and click["arms"]["aggregates_all"]["ne"] > 0
     assert refund["why_not"] == "every label trained on is 0: there is nothing to tell apart"
     assert view["why_not"] == "no label on the days trained on"
 

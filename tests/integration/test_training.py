@@ -28,6 +28,7 @@ from jobs.training.checkpoints import Checkpoints
 from jobs.training.config import DownstreamTraining, GateConfig
 from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
+from jobs.training.upstream_day import UpstreamDay
 from jobs.training.whole import whole_learner
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
@@ -176,10 +177,10 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(
     )
     short = replace(usual, training=training)
 
-    def day(home: str) -> train_upstream.UpstreamDay:
+    def day(home: str) -> UpstreamDay:
         context = _context(_elsewhere(settings, tmp_path / home), DAYS[1], model=model)
         labelled = labelled_day(context.lake, SPEC, DAYS[1])
-        return train_upstream.UpstreamDay(context=context, model=model, preset=short, day=labelled)
+        return UpstreamDay(context=context, model=model, preset=short, day=labelled)
 
     keep = Checkpoints.save_progress
     monkeypatch.setattr(Checkpoints, "save_progress", lambda *_: None)
@@ -326,7 +327,8 @@ def test_downstream_compares_the_arms_on_the_newest_matured_day(settings, rows):
     train_downstream.run(context)
     where = settings.downstream_dir(SPEC.name, "click") / DAYS[4]
     result = json.loads((where / "result.json").read_text())
-    assert (result["test_day"], result["train_days"]) == (DAYS[4], DAYS[1:4])
+    compared = result["compared"]
+    assert (compared["test_day"], compared["train_days"]) == (DAYS[4], DAYS[1:4])
     assert set(result["arms"]) == {
         "context", "aggregates", "aggregates_sum", "aggregates_sequence", "aggregates_all",
         "context_sum", "context_sequence",
@@ -334,7 +336,7 @@ def test_downstream_compares_the_arms_on_the_newest_matured_day(settings, rows):
     for model in MODELS:
         checkpoints = _checkpoints(settings, model)
         used = {d: checkpoints.champion(d).id for d in DAYS[:4]}
-        assert result["snapshots"][model] == used
+        assert compared["snapshots"][model] == used
     written = pq.read_table(where / "predictions.parquet").to_pydict()
     want = {}
     for row in rows["labels"][DAYS[4]].to_pylist():
@@ -346,7 +348,7 @@ def test_downstream_compares_the_arms_on_the_newest_matured_day(settings, rows):
         assert arm["labels"] == len(want)
         assert np.isfinite(written[name]).all()
         assert (arm["difference"] is None) == (name == "aggregates")
-    ranking = result["importance"]["ranking"]
+    ranking = compared["importance"]["ranking"]
     assert {
         "sum embeddings",
         "sequence embeddings",

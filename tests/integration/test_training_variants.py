@@ -21,6 +21,7 @@ from jobs.training.config import Shift
 from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
 from jobs.training.presets import Preset
+from jobs.training.upstream_day import UpstreamDay
 from jobs.training.whole import whole_learner
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
@@ -82,11 +83,11 @@ def test_a_recorded_hybrid_trains_again_to_the_same_bits(settings):
     assert reproduce(settings, run.info.run_id, dataset=SPEC).same
 
 
-def _day(settings: Settings, home: Path, model: str, chosen: Preset) -> train_upstream.UpstreamDay:
+def _day(settings: Settings, home: Path, model: str, chosen: Preset) -> UpstreamDay:
     """The second day, in a home of its own; the parent is the model's champion of the first."""
     elsewhere = replace(settings, home=home)
     context = JobContext(dataset=SPEC, ds=DAYS[1], settings=elsewhere, model=model)
-    return train_upstream.UpstreamDay(
+    return UpstreamDay(
         context=context,
         model=model,
         preset=chosen,

@@ -25,7 +25,7 @@ from jobs.training.learner import Learner, domain_id
 from jobs.training.presets import Preset, preset
 from jobs.training.scoring import Scored
 from jobs.training.trainer import train
-from jobs.training.upstream_run import metrics_of
+from jobs.training.upstream_log import metrics_of
 from models.batch import Batch
 from models.tables import TableConfig
 from models.upstream.hybrid import HybridConfig
@@ -33,10 +33,9 @@ from models.upstream.sequence import SequenceConfig
 from models.upstream.sum import SumConfig
 from tests.batches import random_batch
 from tests.synthetic import dataset
+from tests.written import upstream_result
 
 SPEC = dataset()
-TRAINING = ("targets", "rows", "events", "seconds", "targets_per_second", "steps")
-DRIFT = ("norm", "cosine", "l2", "l2_relative")
 TABLES = TableConfig(dim=8, default_rows=64, item_rows=128)
 
 
@@ -134,14 +133,7 @@ def test_each_domain_has_metrics_of_its_own_that_mlflow_takes(names: list[str]) 
         user_id=ids, stored_user_id=ids, target_id=ids, task=np.zeros(n, int),
         label=np.arange(n) % 2, prediction=np.full(n, 0.5), domain=ids,
     )  # fmt: skip
-    result = {
-        "evaluation": task_metrics(with_strings(), scored, {}),
-        "training": {"loss": {}, **dict.fromkeys(TRAINING, 0)},
-        "gate": {
-            "verdict": "accepted", "tasks": {}, "difference": None, "drift": dict.fromkeys(DRIFT),
-        },
-    }  # fmt: skip
-    found = metrics_of(result)
+    found = metrics_of(upstream_result(task_metrics(with_strings(), scored, {})))
     for name in found:
         _validate_metric_name(name)
         assert len(name) <= MAX_ENTITY_KEY_LENGTH

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import hypothesis
@@ -15,11 +16,14 @@ from feature_store.days import day_range
 from jobs.report_page import arms_figure, drift_figure
 from jobs.training import plots
 from jobs.training.config import GateConfig
-from jobs.training.judge import Verdict, decide, drift, task_metrics
+from jobs.training.judge import decide, drift, task_metrics
 from jobs.training.parent import untrained
+from jobs.training.results import Drift, Verdict
 from jobs.training.scoring import Scored
-from jobs.training.upstream_run import metrics_of
+from jobs.training.upstream_log import metrics_of
+from models.metrics import Interval
 from tests.synthetic import dataset
+from tests.written import upstream_result
 
 SPEC = dataset()
 TASKS = [t.name for t in SPEC.tasks]
@@ -53,28 +57,26 @@ def two_sides(*, users: int, rows: int = 10, worse: float, noise: float = 0.0, s
 
 def verdict(candidate, champion, *, gate=GATE, rates=RATES, moved=STILL):
     found = decide(SPEC, candidate, champion, rates, moved, gate)
-    json.dumps(found, allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
     return found
 
 
 def test_a_candidate_that_is_clearly_worse_is_rejected_and_one_as_good_is_not() -> None:
     found = verdict(*two_sides(users=200, worse=1.0))
-    assert found["verdict"] == Verdict.REJECTED
-    assert found["difference"]["low"] > GATE.ne_tolerance
-    assert "held-out NE is worse by +" in found["reason"]
-    assert found["ne"]["candidate"] - found["ne"]["champion"] == pytest.approx(
-        found["difference"]["mean"]
-    )
+    assert found.verdict == Verdict.REJECTED
+    assert found.difference.low > GATE.ne_tolerance
+    assert "held-out NE is worse by +" in found.reason
+    assert found.ne["candidate"] - found.ne["champion"] == pytest.approx(found.difference.mean)
     same = verdict(*two_sides(users=200, worse=0.0))
-    assert (same["verdict"], same["reason"]) == (Verdict.ACCEPTED, "")
-    assert same["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert (same.verdict, same.reason) == (Verdict.ACCEPTED, "")
+    assert same.difference == Interval(mean=0.0, low=0.0, high=0.0)
 
 
 def test_what_may_be_chance_does_not_reject() -> None:
     """Worse by more than is tolerated, in few users who differ much: the interval reaches below it."""
     found = verdict(*two_sides(users=20, worse=0.1, noise=0.6, seed=1))
-    assert found["difference"]["mean"] > GATE.ne_tolerance > found["difference"]["low"]
-    assert found["verdict"] == Verdict.ACCEPTED
+    assert found.difference.mean > GATE.ne_tolerance > found.difference.low
+    assert found.verdict == Verdict.ACCEPTED
 
 
 @pytest.mark.parametrize(
@@ -87,35 +89,35 @@ def test_what_may_be_chance_does_not_reject() -> None:
 )
 def test_with_too_little_it_is_not_judged_however_bad(users, rows, why) -> None:
     found = verdict(*two_sides(users=users, rows=rows, worse=5.0))
-    assert found["verdict"] == Verdict.NOT_JUDGED
-    assert why in found["reason"]
-    assert found["tasks"][TASKS[0]]["why_not"] == why
-    assert found["difference"] is None and found["ne"] == {"candidate": None, "champion": None}
+    assert found.verdict == Verdict.NOT_JUDGED
+    assert why in found.reason
+    assert found.tasks[TASKS[0]].why_not == why
+    assert found.difference is None and found.ne == {"candidate": None, "champion": None}
 
 
 def test_one_answer_only_no_base_rate_and_no_champion_are_not_judged() -> None:
     candidate, champion = two_sides(users=40, worse=1.0)
     for side in (candidate, champion):
         side.label[:] = 0
-    assert "all 400 held-out labels are 0" in verdict(candidate, champion)["reason"]
+    assert "all 400 held-out labels are 0" in verdict(candidate, champion).reason
     known = two_sides(users=40, worse=1.0)
-    assert "no base rate" in verdict(*known, rates={})["reason"]
+    assert "no base rate" in verdict(*known, rates={}).reason
     alone = verdict(known[0], None)
-    assert (alone["verdict"], alone["reason"]) == (Verdict.NOT_JUDGED, "no champion is before it")
-    assert alone["tasks"][TASKS[0]]["champion"] is None
+    assert (alone.verdict, alone.reason) == (Verdict.NOT_JUDGED, "no champion is before it")
+    assert alone.tasks[TASKS[0]].champion is None
 
 
 def test_not_judged_is_no_way_round_the_bounds_of_the_embeddings() -> None:
     nobody = scored([], [], [], [])
     broken = drift(np.full((2, 1, 2), np.nan), np.ones((2, 1, 2)))
-    assert "an embedding is not a number" in verdict(nobody, nobody, moved=broken)["reason"]
+    assert "an embedding is not a number" in verdict(nobody, nobody, moved=broken).reason
     turned = drift(-np.ones((2, 1, 2)), np.ones((2, 1, 2)))
     found = verdict(nobody, nobody, moved=turned)
-    assert found["verdict"] == Verdict.REJECTED and "embeddings turned" in found["reason"]
+    assert found.verdict == Verdict.REJECTED and "embeddings turned" in found.reason
     candidate, champion = two_sides(users=40, worse=0.0)
     candidate.prediction[3] = math.nan
     found = verdict(candidate, champion)
-    assert found["verdict"] == Verdict.REJECTED and "a prediction is not" in found["reason"]
+    assert found.verdict == Verdict.REJECTED and "a prediction is not" in found.reason
 
 
 def test_labels_since_the_parents_day_are_untrained() -> None:
@@ -153,17 +155,13 @@ def test_a_handful_of_rows_gets_a_verdict_metrics_and_plots(rows, rates, first, 
     candidate, champion = (scored(labels, p, users, tasks) for p in (ours, theirs))
     gate = GateConfig(min_labels=least, min_users=least, bootstrap_samples=20)
     found = verdict(candidate, None if first else champion, gate=gate, rates=rates)
-    assert found["verdict"] in set(Verdict)
-    assert bool(found["reason"]) == (found["verdict"] != Verdict.ACCEPTED)
-    assert (found["difference"] is None) == (found["ne"]["candidate"] is None)
-    training = dict.fromkeys(("targets", "rows", "events", "seconds", "steps"), 0)
-    result = {
-        "evaluation": task_metrics(SPEC, candidate, rates), "gate": found,
-        "training": {"loss": {}, "targets_per_second": 0, **training},
-    }  # fmt: skip
+    assert found.verdict in set(Verdict)
+    assert bool(found.reason) == (found.verdict != Verdict.ACCEPTED)
+    assert (found.difference is None) == (found.ne["candidate"] is None)
+    result = upstream_result(task_metrics(SPEC, candidate, rates), gate=found)
     logged = metrics_of(result)
     assert all(value is None or math.isfinite(value) for value in logged.values())
-    assert (logged["accepted"] is None) == (found["verdict"] == Verdict.NOT_JUDGED)
+    assert (logged["accepted"] is None) == (found.verdict == Verdict.NOT_JUDGED)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
@@ -187,8 +185,8 @@ def test_plots_of_a_handful_of_rows_can_be_drawn(rows, label) -> None:
 @pytest.mark.parametrize("users", [0, 1])
 def test_drift_of_nobody_and_of_one(users) -> None:
     one = np.ones((users, 2, 4))
-    assert drift(one, one)["cosine"] == (pytest.approx(1.0) if users else None)
+    assert drift(one, one).cosine == (pytest.approx(1.0) if users else None)
     nobody = np.empty((0, 0, 0), np.float32)
-    assert drift(nobody, nobody) == {
-        "users": 0, "finite": True, "norm": None, "cosine": None, "l2": None, "l2_relative": None
-    }  # fmt: skip
+    assert drift(nobody, nobody) == Drift(
+        users=0, finite=True, norm=None, cosine=None, l2=None, l2_relative=None
+    )

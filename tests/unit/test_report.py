@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -13,9 +13,11 @@ from feature_store.errors import DataError
 from jobs.context import JobContext
 from jobs.report import assemble, engines
 from jobs.settings import Settings
-from jobs.training.results import Results
+from jobs.training.judge import metrics_of
+from jobs.training.results import downstream_results, upstream_results
 from tests.synthetic import FIRST_DAY as DAY
 from tests.synthetic import dataset
+from tests.written import downstream_result, upstream_result
 
 SPEC = dataset()
 ROWS = pd.DataFrame({"user_id": [1, 1, 2, 2], "target_id": [1, 2, 3, 4], "label": [0, 1, 0, 1]})
@@ -37,20 +39,12 @@ def context(tmp_path: Path) -> JobContext:
     downstream = settings.downstream_dir(SPEC.name, "click") / DAY
     for folder in (upstream, downstream):
         folder.mkdir(parents=True)
-    evaluation = {"ne": 1.0, "why_not": None, "base_rate": 0.5, "shown_ds": DAY}
-    gate = {"verdict": "accepted", "reason": "", "difference": None}
-    result = {
-        "ds": DAY, "evaluation": {"click": evaluation}, "champion": "x", "trained_on": [DAY],
-        "gate": gate | {"ne": {"candidate": 1.0, "champion": None}}, "lost": [],
-        "training": {"targets": 4, "targets_per_second": 1.0},
-    }  # fmt: skip
-    (upstream / "result.json").write_text(json.dumps(result))
+    evaluated = metrics_of(ROWS["label"].to_numpy(), np.full(len(ROWS), 0.5), 0.5)
+    upstream_results(settings, SPEC.name, "sum").write(
+        upstream_result({"click": evaluated}, ds=DAY)
+    )
     ROWS.assign(task="click", prediction=0.5).to_parquet(upstream / "evaluation.parquet")
-    result = {
-        "ds": DAY, "test_day": DAY, "arms": {"context": {"title": "context"}}, "base_rate": 0.5,
-        "train_days": [], "users_share": {}, "config": {},
-    }  # fmt: skip
-    (downstream / "result.json").write_text(json.dumps(result))
+    downstream_results(settings, SPEC.name, "click").write(downstream_result(evaluated, ds=DAY))
     ROWS.assign(context=0.5).to_parquet(downstream / "predictions.parquet")
     return JobContext(dataset=SPEC, ds=DAY, settings=settings)
 
@@ -97,7 +91,7 @@ def test_a_damaged_file_is_named_with_the_command_that_writes_it_again(
 
 
 def test_a_damaged_result_of_a_later_day_does_not_stop_an_earlier_one(context: JobContext) -> None:
-    later = Results.upstream(context.settings, SPEC.name, "sum")
+    later = upstream_results(context.settings, SPEC.name, "sum")
     (later.root / "2024-05-02").mkdir()
     (later.root / "2024-05-02" / "result.json").write_text("{")
     assert list(later.until(DAY)) == [DAY]

@@ -18,10 +18,10 @@ from feature_store.spec import Attribute, EventLabel, IdType, Kind, Task
 from feature_store.spec_parts import MAX_FLOAT32
 from feature_store.tables import contract
 from jobs import build_aggregates, build_examples, build_labels
-from jobs.train_upstream import write_evaluation
 from jobs.training.loader import Limits, cuts
 from jobs.training.rows import decode
 from jobs.training.scoring import concat, labelled_predictions
+from jobs.training.upstream_day import write_evaluation
 from tests import synthetic
 from tests.frames import frame, rows_of
 from tests.tiny import DAYS, TINY, Row, event, target
