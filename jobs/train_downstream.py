@@ -55,7 +55,6 @@ def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str) -> Days:
 
 def run(context: JobContext) -> None:
     """Compare the arms of `context.task` on the newest day that matured by `context.ds`."""
-    from jobs.training.downstream_day import DownstreamDay
     from jobs.training.results import downstream_results
 
     task, ds = context.require_task(), context.ds
@@ -70,6 +69,8 @@ def run(context: JobContext) -> None:
         )
         downstream_results(context.settings, context.dataset.name, task.name).write(result)
     else:
+        from jobs.training.downstream_day import DownstreamDay  # loads torch
+
         result = DownstreamDay(
             context=context, task=task, test_day=days.test, train_days=days.training
         ).run()

@@ -42,6 +42,7 @@ from jobs.context import JobContext
 from jobs.settings import EngineChoice, Settings
 from jobs.training.learner import Learner
 from jobs.training.presets import preset
+from jobs.training.results import PREDICTIONS, RESULT
 from tests.batches import random_batch
 from tests.tiny import TINY
 
@@ -122,8 +123,8 @@ def published(settings: Settings) -> dict[str, list[float]]:
 def downstream(settings: Settings) -> dict[str, Any]:
     """The comparison of the last day: NE by arm, and the mean prediction by arm."""
     folder = settings.downstream_dir(SIMULATED.name, "click") / DAYS[-1]
-    result = json.loads((folder / train_downstream.RESULT).read_text())
-    predictions: pa.Table = pq.read_table(folder / train_downstream.PREDICTIONS)
+    result = json.loads((folder / RESULT).read_text())
+    predictions: pa.Table = pq.read_table(folder / PREDICTIONS)
     return {
         "rows": predictions.num_rows,
         "ne": {name: arm["ne"] for name, arm in result["arms"].items()},

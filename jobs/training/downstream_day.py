@@ -15,12 +15,12 @@ from feature_store.days import shift
 from feature_store.embeddings import read_embeddings
 from feature_store.spec import Dataset, Task
 from jobs.context import JobContext
+from jobs.training import presets
 from jobs.training.checkpoints import replacing
 from jobs.training.downstream import REFERENCE, Comparison, Loaded, arms, load
 from jobs.training.downstream_log import log_day
 from jobs.training.ids import held_out, seed_of
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows, share_within
-from jobs.training.presets import downstream_training
 from jobs.training.results import PREDICTIONS, Compared, DownstreamResult, downstream_results
 from jobs.training.scoring import Scored
 
@@ -68,7 +68,7 @@ class DownstreamDay:
         """The day's result, kept as `result.json` beside the predictions, and logged; without arms where
         there is nothing to compare by."""
         dataset, task, ds = self.context.dataset, self.task, self.context.ds
-        config = downstream_training(dataset)
+        config = presets.downstream_training(dataset)
         training = self._sample(
             self.train_days, Users.TRAINING, config.max_train_targets, config.batch_targets
         )
@@ -133,7 +133,7 @@ class DownstreamDay:
             for day in shown
         ]
         share, limits = share_within(labelled, self.task.name, most), Limits(max_targets=batch)
-        kind = downstream_training(dataset).kind
+        kind = presets.downstream_training(dataset).kind
         batches: list[Loaded] = []
         inputs: dict[str, int] = {}
         snapshots: dict[str, dict[str, str]] = {model: {} for model in dataset.models}

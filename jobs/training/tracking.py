@@ -52,7 +52,8 @@ def client(settings: Settings) -> MlflowClient:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".create.lock")
     with lock:
-        found = MlflowClient(tracking_uri=settings.mlflow_uri)
+        # it would ask the engine where the registry is, were it not told
+        found = MlflowClient(settings.mlflow_uri, registry_uri=settings.mlflow_uri)
         found.search_experiments(max_results=1)
     return found
 

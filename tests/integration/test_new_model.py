@@ -15,6 +15,7 @@ from feature_store.lake import Lake
 from jobs import publish_embeddings, train_downstream, train_upstream
 from jobs.context import JobContext
 from jobs.settings import Settings
+from jobs.training.results import RESULT
 from models import upstream
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
@@ -80,5 +81,5 @@ def test_a_new_model_is_one_file_and_one_preset(
     found = read_embeddings(lake, "who", DAYS[-1])
     assert found.values.shape[1:] == (1, 4) and len(found) > 20
     folder = settings.downstream_dir(spec.name, spec.tasks[0].name) / DAYS[-1]
-    arms = json.loads((folder / train_downstream.RESULT).read_text())["arms"]
+    arms = json.loads((folder / RESULT).read_text())["arms"]
     assert arms["aggregates_who"]["sources"] == ["who"] and arms["context_who"]["ne"] > 0

@@ -28,6 +28,7 @@ from jobs.training.checkpoints import Checkpoints
 from jobs.training.config import DownstreamTraining, GateConfig
 from jobs.training.ids import held_out
 from jobs.training.loader import Limits, Users, labelled_day, labelled_rows
+from jobs.training.results import upstream_results
 from jobs.training.upstream_day import UpstreamDay
 from jobs.training.whole import whole_learner
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
@@ -261,9 +262,9 @@ def test_a_rejected_candidate_leaves_the_champion_to_publish_and_to_start_the_ne
     one_day = replace(usual, training=replace(usual.training, catch_up_days=0))
     monkeypatch.setattr(presets, "preset", lambda *_: one_day)
     train_upstream.run(_context(mine, DAYS[2], model="sum"))
-    third = _result(mine, "sum", DAYS[2])
-    assert (third["trained_on"], third["lost"]) == ([DAYS[2]], [DAYS[1]])
-    assert f"labels of {DAYS[1]} are lost to the model" in train_upstream.summary(third)
+    last = upstream_results(mine, SPEC.name, "sum").of(DAYS[2])
+    assert (last.trained_on, last.lost) == ([DAYS[2]], [DAYS[1]])
+    assert f"labels of {DAYS[1]} are lost to the model" in train_upstream.summary(last)
 
 
 def test_published_embeddings_are_of_every_user_once_at_their_newest_state(settings, rows):

@@ -152,16 +152,16 @@ def test_a_model_of_one_domain_is_trained_and_gated_on_it_and_scored_on_all(
     parent = day.parents.champion(DAYS[0])
     snapshot, record = day.train(parent)
     want, gated = _labels_on(rows, DAYS[1], surface=1)
-    assert record["labels"] == want
+    assert record.labels == want
     assert snapshot.label_counts == {
         t: [snapshot.label_counts[t][0], parent.label_counts[t][1] + want[t]] for t in want
     }
     found = day.gate(snapshot, None)
-    assert {t: sides["candidate"]["labels"] for t, sides in found["tasks"].items()} == gated
+    assert {t: sides.candidate.labels for t, sides in found.tasks.items()} == gated
 
     day.checkpoints.set_champion(FIRST_DAY, snapshot.id)
     evaluation, *_ = day.evaluate()
-    assert set(evaluation["click"]["domains"]) == {"0", "1"}
+    assert set(evaluation["click"].domains) == {"0", "1"}
 
 
 def _labels_on(rows, ds: str, *, surface: int) -> tuple[dict[str, int], dict[str, int]]:
