@@ -1,14 +1,18 @@
-"""The one operator: a task is a command about one day, run as a process of its own."""
+"""The one operator: a task is a command about one day, run as a process of its own.
+
+Environment, read when a task starts:
+    HEADWATER_WARM  socket of `python -m jobs.warm`, whose forks have loaded the libraries of jobs; where
+                    nothing listens there, a fresh interpreter loads them
+"""
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +21,60 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout
 
 from feature_store.days import parse_day
 from feature_store.errors import DataError
+from jobs.warm import Forked, die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 USER_ERROR = 2  # exit code of a job that met a HeadwaterError: running it again would not help
-STOP_SECONDS = 15  # between asking a command to end and ending it
-_PR_SET_PDEATHSIG = 1
+STOP_SECONDS = 15.0  # between asking a command to end and ending it
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child runs first so that it does not outlive a killed task (Linux only)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+class Fresh:
+    """A command in a process of its own; as `jobs.warm.Forked` is one in a fork."""
+
+    def __init__(self, command: Sequence[str], *, environment: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**environment, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=die_with_parent,
+        )
+
+    @property
+    def stdout(self) -> Iterator[str]:
+        """The lines that it prints, to its end."""
+        assert self.process.stdout is not None
+        return iter(self.process.stdout)
+
+    def wait(self) -> int:
+        """Its exit code, negative for a signal, once it has ended."""
+        return self.process.wait()
+
+    def end(self) -> None:
+        """End it, and wait until it has ended."""
+        if self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:  # it hangs where no signal reaches Python
+            self.process.kill()
+            self.process.wait()
+
+
+def start(command: Sequence[str], environment: Mapping[str, str]) -> Fresh | Forked:
+    """Start a command: in a fork of the warm process that `HEADWATER_WARM` names, where one listens."""
+    warm = environment.get("HEADWATER_WARM")
+    if warm and Forked.can_run(command):
+        with contextlib.suppress(OSError):
+            return Forked(
+                Path(warm), command, environment=environment, folder=ROOT, stop_seconds=STOP_SECONDS
+            )
+    return Fresh(command, environment=environment)
 
 
 class JobFailed(RuntimeError):
@@ -60,7 +105,7 @@ class JobOperator(BaseOperator):
         super().__init__(**kwargs)
         self.command = list(command)
         self.day = day
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Fresh | Forked | None = None
 
     def execute(self, context: Any) -> None:
         """Run the command to its end, its output in the task's log.
@@ -75,18 +120,7 @@ class JobOperator(BaseOperator):
         except DataError as error:
             raise AirflowFailException(str(error)) from None
         last_error, tail = "", deque[str](maxlen=1)
-        self._process = subprocess.Popen(
-            self.command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=_die_with_parent(),
-        )
-        assert self._process.stdout is not None
+        self._process = start(self.command, os.environ)
         try:
             for line in self._process.stdout:
                 text = line.rstrip()
@@ -97,6 +131,8 @@ class JobOperator(BaseOperator):
                 if text.startswith("error:"):
                     last_error = text
             code = self._process.wait()
+        except ConnectionError as error:
+            raise JobFailed(f"{error}; last output: {tail[-1] if tail else 'none'}") from None
         except AirflowTaskTimeout:
             self.on_kill()
             raise JobFailed(
@@ -116,14 +152,8 @@ class JobOperator(BaseOperator):
 
     def on_kill(self) -> None:
         """End the command when the task is ended."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=STOP_SECONDS)
-        except subprocess.TimeoutExpired:  # it hangs where no signal reaches Python
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None:
+            self._process.end()
 
 
 class Announce(BaseOperator):

@@ -119,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
         engine = None if settings.spark_remote else pool.submit(spark.start, settings)
         services.migrate()
         services.settle(plan.dag_ids)
+        services.start_warm()
         client = services.start_api()
         client.set_pool(
             DEVICES_POOL, device_slots(), "one slot per device: training and inference tasks"

@@ -201,6 +201,11 @@ class AirflowServices:
         # It would serve task logs on every interface; the api-server reads them from the folder.
         self._spawn("scheduler", "scheduler", "--skip-serve-logs")
 
+    def start_warm(self) -> None:
+        """Start what jobs are forked from; where it ends, or is none, they start afresh."""
+        if sys.platform == "linux":
+            self._popen("warm", "jobs.warm", self._env["HEADWATER_WARM"])
+
     def check(self) -> None:
         """Raise ServiceError if a service has ended."""
         for name, process in self._processes.items():
@@ -279,13 +284,17 @@ class AirflowServices:
             "SPT_NOENV": "1",  # a process that sets its title would overwrite its environment, and the mark
             "PYTHONPATH": path,
             "TMPDIR": str(scratch),
+            "HEADWATER_WARM": str(self.home / "warm.sock"),
             **self.environment,
         }
 
     def _spawn(self, name: str, *arguments: str) -> None:
+        self._processes[name] = self._popen(name, "airflow", *arguments)
+
+    def _popen(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
         with self._log(name) as out:
-            self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "airflow", *arguments],
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
                 env=self._env, cwd=self.home, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,  # Ctrl-C is for the launcher, which ends them in order
             )  # fmt: skip

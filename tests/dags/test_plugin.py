@@ -116,4 +116,4 @@ def test_a_job_that_takes_too_long_is_ended_whatever_it_does_and_tried_again(
     job = operator(code)
     with pytest.raises(headwater_job.JobFailed, match=r"took longer than .*TASK_HOURS"), timeout(2):
         job.execute({})
-    assert not psutil.pid_exists(job._process.pid)
+    assert not psutil.pid_exists(job._process.process.pid)
