@@ -7,20 +7,18 @@ import time
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.transaction import AddAction, RemoveAction
 
 from feature_store.errors import ContractError
 from feature_store.ledger import RETENTION, retry_on_conflict
 from feature_store.schemas import check_schema, grown_schema, nullable
 from feature_store.staging import ABANDONED_AFTER, partition_folder
 from feature_store.tables import Table
-
-if TYPE_CHECKING:
-    from deltalake import DeltaTable
 
 
 def staged_files(
@@ -78,9 +76,6 @@ def replace_partition(
     Raises:
         ContractError: the stored table is partitioned otherwise.
     """
-    from deltalake import CommitProperties, Transaction
-    from deltalake.transaction import AddAction, RemoveAction
-
     write = uuid.uuid4().hex
     filesystem.create_dir(f"{home}/{partition_folder(values)}")
     _remove_orphans(filesystem, home, partition_folder(values), locked=locked)
@@ -143,8 +138,6 @@ def _remove_orphans(filesystem: pafs.FileSystem, home: str, folder: str, *, lock
 
 
 def _create_or_open(uri: str, contract: Table) -> DeltaTable:
-    from deltalake import DeltaTable
-
     if DeltaTable.is_deltatable(uri):
         return DeltaTable(uri)
     return DeltaTable.create(

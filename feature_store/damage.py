@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from deltalake import DeltaTable
 
 from feature_store import ledger
 from feature_store.errors import HeadwaterError
@@ -154,8 +155,6 @@ def _is_parquet(files: pafs.FileSystem, path: str) -> bool:
 
 def _named_files(uri: str) -> Iterator[tuple[str, int, str, str]]:
     """(path, bytes, ds, model) of what the newest version names; "" for what it is not partitioned by."""
-    from deltalake import DeltaTable
-
     if DeltaTable.is_deltatable(uri):
         for action in pa.table(DeltaTable(uri).get_add_actions(flatten=True)).to_pylist():
             parts = (action.get("partition.ds") or "", action.get("partition.model") or "")

@@ -25,8 +25,9 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from deltalake import DeltaTable
 
-from feature_store import ledger
+from feature_store import ledger, quality
 from feature_store.commit import replace_partition, staged_files
 from feature_store.content import content_hash
 from feature_store.days import parse_day
@@ -39,7 +40,6 @@ from feature_store.staging import Staging, partition_folder
 from feature_store.tables import SOURCES, Table, contracts, definition
 
 if TYPE_CHECKING:
-    from deltalake import DeltaTable
     from pyspark.sql import DataFrame, SparkSession
 
 Version = int | Mapping[str, int] | None
@@ -94,8 +94,6 @@ class Lake:
 
     def exists(self, table: str) -> bool:
         """Whether any partition of `table` was ever written."""
-        from deltalake import DeltaTable
-
         return DeltaTable.is_deltatable(self.uri(table))
 
     def version(self, table: str) -> int:
@@ -295,8 +293,6 @@ class Lake:
         code_version: str,
         engine: str,
     ) -> Partition:
-        from feature_store import quality
-
         started = time.monotonic()
         parse_day(ds)
         table, values = contract.name, self._values(contract, ds, model)
@@ -366,8 +362,6 @@ class Lake:
         return {"model": model, "ds": ds} if by_model else {"ds": ds}
 
     def _open(self, table: str, version: int | None = None) -> DeltaTable:
-        from deltalake import DeltaTable
-
         if not self.exists(table):
             raise MissingPartitionError(self.lineage().missing(table, []))
         return DeltaTable(self.uri(table), version=version)

@@ -10,16 +10,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from deltalake import DeltaTable, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from feature_store.columns import required
 from feature_store.tables import KINDS
-
-if TYPE_CHECKING:
-    from deltalake import DeltaTable
 
 T = TypeVar("T")
 
@@ -112,8 +112,6 @@ def retry_on_conflict(attempt: Callable[[], T]) -> T:
     Raises:
         deltalake.exceptions.CommitFailedError: still in conflict after 40 attempts.
     """
-    from deltalake.exceptions import CommitFailedError, DeltaError
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
     def conflict(error: BaseException) -> bool:
         lost_creation = isinstance(error, DeltaError) and "already exists" in str(error)
@@ -130,8 +128,6 @@ def retry_on_conflict(attempt: Callable[[], T]) -> T:
 
 def append(uri: str, partition: Partition) -> None:
     """Add one row to the ledger at `uri`, which is created where there is none."""
-    from deltalake import DeltaTable, write_deltalake
-
     row = asdict(partition)
     row["inputs"] = json.dumps(partition.inputs, sort_keys=True)
     row["notes"] = json.dumps(partition.notes, sort_keys=True)
@@ -160,7 +156,6 @@ def rows(uri: str, table: str) -> list[Partition]:
 
 def reader(uri: str) -> Callable[[str], list[Partition]]:
     """`rows` for any table, all of them at the version that the ledger has when the first is asked for."""
-    from deltalake import DeltaTable
 
     @cache
     def newest() -> DeltaTable | None:

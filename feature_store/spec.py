@@ -166,7 +166,7 @@ class Dataset:
         self._check_columns()
 
     def _check_shared_names(self) -> None:
-        from feature_store.tables import reserved_names
+        from feature_store.tables import reserved_names  # noqa: PLC0415 tables are of a spec
 
         reserved = reserved_names(self)
         for groups, what in ((self.streams, "streams"), (self.targets, "targets")):
@@ -298,7 +298,7 @@ class Dataset:
             )  # fmt: skip
 
     def _check_columns(self) -> None:
-        from feature_store.tables import contracts
+        from feature_store.tables import contracts  # noqa: PLC0415 tables are of a spec
 
         for table in contracts(self).values():
             check_unique(f"Dataset({self.name}): a column of {table.name}", table.schema.names)

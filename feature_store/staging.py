@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow.fs as pafs
+from filelock import FileLock, Timeout
 
 ABANDONED_AFTER = timedelta(days=1)
 _FIRST_NOTICE_SECONDS, _NEXT_NOTICE_SECONDS = 5, 60
@@ -77,8 +78,6 @@ class Staging:
 @contextmanager
 def _held(home: Path) -> Iterator[None]:
     """The lock of the folder `home`, with a note beside it of who has it."""
-    from filelock import FileLock, Timeout
-
     lock, note = FileLock(home / ".lock"), home / ".holder"
     wait_seconds = _FIRST_NOTICE_SECONDS
     while True:

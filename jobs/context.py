@@ -24,12 +24,13 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from feature_store import datasets
+from feature_store import damage, datasets
 from feature_store.days import parse_day
 from feature_store.errors import DataError, SpecError
 from feature_store.pipeline import FEATURE_JOBS
 from feature_store.spec import Dataset, Task
-from jobs import failures
+from feature_store.tables import KINDS, feature_tables
+from jobs import failures, spark
 from jobs.failures import DONE, INTERRUPTED
 from jobs.settings import REPOSITORY, Settings
 
@@ -112,8 +113,7 @@ class JobContext:
         Raises:
             DamageError: a table's log is gone, or a commit of it is empty.
         """
-        from feature_store import damage
-        from feature_store.lake import Lake
+        from feature_store.lake import Lake  # noqa: PLC0415 it imports pandas
 
         damage.check_commits(f"{self.settings.lake_root}/{self.dataset.name}", self.dataset)
         docs_root = self.settings.quality_dir(self.dataset.name)
@@ -122,16 +122,12 @@ class JobContext:
     @cached_property
     def spark(self) -> SparkSession:
         """A session of the engine, started on first use."""
-        from jobs import spark
-
         print(f"engine: {spark.describe(self.settings)}", flush=True)
         return spark.session(self.settings)
 
     @cached_property
     def engine(self) -> str:
         """The engine's short name, for the ledger."""
-        from jobs import spark
-
         return spark.engine_name(self.settings)
 
     @property
@@ -165,7 +161,7 @@ class JobContext:
     def close(self) -> None:
         """End the engine's session, if there is one; the server stays for the next task."""
         if "spark" in self.__dict__:
-            from jobs import retries
+            from jobs import retries  # noqa: PLC0415 it imports the engine's client
 
             retries.end(self.spark)
 
@@ -237,8 +233,6 @@ def run(jobs: Sequence[str], args: argparse.Namespace) -> int:
 
 def is_current(job: str, context: JobContext) -> bool:
     """Whether every table that a feature job writes of the context's day is there and current."""
-    from feature_store.tables import KINDS, feature_tables
-
     lineage, ds = context.lake.lineage(), context.ds
     tables = [t for t in feature_tables(context.dataset) if KINDS[t].job == job]
     written = all(lineage.get(t, ds) for t in tables)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from feature_store import damage
 from feature_store.errors import HeadwaterError, TransientError
 from jobs.paths import own
 
@@ -175,8 +176,6 @@ def _damage(settings: Settings | None, dataset: Dataset | None) -> Failure | Non
     """Whether the lake's files are broken. Looking must not hide `error` behind one of its own."""
     if settings is None or dataset is None:
         return None
-    from feature_store import damage
-
     try:
         damage.check(f"{settings.lake_root}/{dataset.name}", dataset)
     except damage.DamageError as found:

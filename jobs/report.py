@@ -15,12 +15,18 @@ from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
 
 from feature_store.spec import Dataset, Task
 from feature_store.tables import contracts
 from jobs.context import JobContext, main
 from jobs.paths import own
+from jobs.report_page import html, terminal
+from jobs.training import tracking
+from jobs.training.checkpoints import write_atomically
 from jobs.training.results import (
     EVALUATION,
     PREDICTIONS,
@@ -30,9 +36,7 @@ from jobs.training.results import (
     downstream_results,
     upstream_results,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
+from models import metrics
 
 CONTEXT_ARM, AGGREGATES_ARM = "context", "aggregates"
 TABLE_WIDTH = 124
@@ -40,11 +44,6 @@ TABLE_WIDTH = 124
 
 def run(context: JobContext) -> None:
     """Write the report on everything up to the context's day, print it and log it to MLflow."""
-    from rich.console import Console
-
-    from jobs.report_page import html, terminal
-    from jobs.training.checkpoints import write_atomically
-
     report = assemble(context)
     folder = context.settings.report_dir(context.dataset.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,8 +145,6 @@ def _compare(
     frames: Mapping[str, pd.DataFrame],
 ) -> dict[str, Any]:
     """Every arm of the newest result over all test days together."""
-    import pandas as pd
-
     names = [n for n in newest.arms if all(n in f for f in frames.values())]
     rows = pd.concat(frames.values(), ignore_index=True)
     truth = _truth(context, task, sorted(frames), rows)
@@ -195,8 +192,6 @@ def _compare(
 
 def _metrics(rows: pd.DataFrame, predictions: pd.Series) -> dict[str, float | None]:
     """Of `rows` with `label` and `base_rate`: each row's NE is against the rate of its own day's model."""
-    from models import metrics
-
     found = metrics.summary(
         rows["label"].to_numpy(), predictions.to_numpy(), rows["base_rate"].to_numpy()
     )
@@ -222,8 +217,6 @@ def _differences(
     rows: pd.DataFrame, arms: Sequence[str]
 ) -> dict[tuple[str, str], dict[str, float]]:
     """NE of each arm minus that of the two it is compared with, with intervals, by (arm, other)."""
-    from models import metrics
-
     pairs = {
         (arm, other): (rows[arm], rows[other])
         for other in (CONTEXT_ARM, AGGREGATES_ARM)
@@ -257,8 +250,6 @@ def _upstream(
     context: JobContext,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, list[tuple[str, float]]]]]:
     """Progressive validation: per model and task over all days, and NE by day."""
-    import pandas as pd
-
     dataset = context.dataset
     table: list[dict[str, Any]] = []
     by_day: dict[str, dict[str, list[tuple[str, float]]]] = {t.name: {} for t in dataset.tasks}
@@ -385,8 +376,6 @@ def _sum_notes(notes: Sequence[Mapping[str, Any]]) -> str:
 
 def _log(context: JobContext, folder: Path, report: Mapping[str, Any]) -> None:
     """Keep the page and its figures in MLflow, in the dataset's experiment `<dataset>/report`."""
-    from jobs.training import tracking
-
     dataset = context.dataset
     with tracking.Run(
         context.settings,

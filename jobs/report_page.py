@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from rich.table import Table
 
 from jobs.text import days_text, interval, number, percent
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
+from jobs.training.plots import ne_by_day
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -30,8 +32,6 @@ def svg(figure: Figure) -> str:
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -57,8 +57,6 @@ def upstream_figures(
     series: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]],
 ) -> list[Figure]:
     """Per task: NE by day of each upstream model (`series[task][model]` is (day, NE) pairs)."""
-    from jobs.training.plots import ne_by_day
-
     return [
         ne_by_day(models, title=f"{task}: progressive NE by day") for task, models in series.items()
     ]
@@ -91,9 +89,6 @@ def drift_figure(embeddings: Sequence[Mapping[str, Any]]) -> Figure:
 
 def html(report: Mapping[str, Any]) -> str:
     """The page. It is one file: styles and plots are inside."""
-    from jinja2 import Environment
-    from markupsafe import Markup
-
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
         num=number, percent=percent, interval=interval, difference=difference, days_text=days_text
@@ -109,8 +104,6 @@ def html(report: Mapping[str, Any]) -> str:
 
 def terminal(report: Mapping[str, Any]) -> list[Table]:
     """A table per task for the terminal."""
-    from rich.table import Table
-
     tables = []
     for task in report["tasks"]:
         kind = (

@@ -13,12 +13,19 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlflow.exceptions import MlflowException
+
 from feature_store import datasets
 from feature_store.errors import DataError
 from feature_store.spec import Dataset
 from jobs import failures
 from jobs.context import JobContext
 from jobs.settings import Settings
+from jobs.training import tracking
+from jobs.training.checkpoints import Checkpoints
+from jobs.training.loader import label_days, labelled_day
+from jobs.training.upstream_day import UpstreamDay
+from jobs.training.whole import recorded_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +52,6 @@ def reproduce(settings: Settings, run_id: str, *, dataset: Dataset | None = None
         DataError: no such run; it is no upstream run; the spec has changed; or a partition can no
             longer be read at its version (a deletion of a person's data does that on purpose).
     """
-    from mlflow.exceptions import MlflowException
-
-    from jobs.training import tracking
-    from jobs.training.checkpoints import Checkpoints
-    from jobs.training.loader import label_days, labelled_day
-    from jobs.training.upstream_day import UpstreamDay
-    from jobs.training.whole import recorded_preset
-
     try:
         tags = tracking.client(settings).get_run(run_id).data.tags
     except MlflowException:

@@ -13,6 +13,7 @@ scratch folder; one that died is replaced. It runs until `stop`:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -144,7 +145,7 @@ def session(settings: Settings) -> SparkSession:
     server = None if settings.spark_remote else start(settings)
     from pyspark.sql import SparkSession
 
-    from jobs.retries import Patience
+    from jobs.retries import Patience  # noqa: PLC0415 it imports the engine's client
 
     spark = SparkSession.builder.remote(server.url if server else settings.spark_remote).create()
     spark.client.set_retry_policies([Patience(server)])
@@ -297,8 +298,6 @@ def _end(server: Server) -> bool:
 
 def main() -> None:
     """`python -m jobs.spark start|stop|status|jars`."""
-    import argparse
-
     cli = argparse.ArgumentParser(prog="python -m jobs.spark", description="The local engine.")
     cli.add_argument("action", choices=("start", "stop", "status", "jars"))
     action = cli.parse_args().action

@@ -18,7 +18,7 @@ from feature_store.lake import Lake
 from feature_store.spec import Dataset, Task
 from jobs.context import JobContext, main
 from jobs.text import number
-from jobs.training.results import DownstreamResult
+from jobs.training.results import DownstreamResult, downstream_results
 
 TRAIN_DAYS, MIN_TRAIN_DAYS = 5, 3  # most, and fewest, days trained on
 
@@ -55,8 +55,6 @@ def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str) -> Days:
 
 def run(context: JobContext) -> None:
     """Compare the arms of `context.task` on the newest day that matured by `context.ds`."""
-    from jobs.training.results import downstream_results
-
     task, ds = context.require_task(), context.ds
     days = choose_days(context.lake, context.dataset, task, ds)
     if days.test is None or len(days.training) < MIN_TRAIN_DAYS:
@@ -69,7 +67,7 @@ def run(context: JobContext) -> None:
         )
         downstream_results(context.settings, context.dataset.name, task.name).write(result)
     else:
-        from jobs.training.downstream_day import DownstreamDay  # loads torch
+        from jobs.training.downstream_day import DownstreamDay  # noqa: PLC0415 it imports torch
 
         result = DownstreamDay(
             context=context, task=task, test_day=days.test, train_days=days.training

@@ -13,7 +13,13 @@ from __future__ import annotations
 
 from jobs.context import JobContext, main
 from jobs.text import number
+from jobs.training.checkpoints import Checkpoints
+from jobs.training.loader import labelled_day
+from jobs.training.parent import parent_of, untrained
+from jobs.training.presets import preset
 from jobs.training.results import UpstreamResult
+from jobs.training.upstream_day import UpstreamDay
+from jobs.training.upstream_log import log_day
 
 
 def run(context: JobContext) -> None:
@@ -25,13 +31,6 @@ def run(context: JobContext) -> None:
         StalePartitionError: these tables, or what the day before was trained on, are not current.
         QualityError: the first candidate diverged, and there is no champion that could stay.
     """
-    from jobs.training.checkpoints import Checkpoints
-    from jobs.training.loader import labelled_day
-    from jobs.training.parent import parent_of, untrained
-    from jobs.training.presets import preset
-    from jobs.training.upstream_day import UpstreamDay
-    from jobs.training.upstream_log import log_day
-
     model, dataset, ds = context.require_model(), context.dataset, context.ds
     chosen = preset(dataset, model)
     root = context.settings.snapshot_dir(dataset.name, model, ds).parent

@@ -48,6 +48,7 @@ from models.attention_inputs import (
     recency_bucket,
 )
 from models.blocked_attention import blocked_prefix_attention
+from models.kernels.prefix_attention import flash_prefix_attention
 
 
 def prefix_attention_reference(
@@ -132,8 +133,6 @@ def prefix_attention(
         (Q, G, d).
     """
     if q.is_cuda:
-        from models.kernels.prefix_attention import flash_prefix_attention
-
         return flash_prefix_attention(
             q, k, v, q_offsets=q_offsets, kv_offsets=kv_offsets, kv_end=kv_end, recency=recency,
             position_bias=position_bias, pair_bias=pair_bias, null=null, pointwise=pointwise,

@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 
 from jobs import jvm
+from jobs import spark as engines
 from jobs.settings import EngineChoice, Settings
 
 if TYPE_CHECKING:
@@ -72,8 +73,6 @@ def lake_home(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def settings_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Settings]]:
     """Settings of a shared home with that engine; its server is ended with the session."""
-    from jobs import spark
-
     made: dict[str, Settings] = {}
 
     def get(engine: str) -> Settings:
@@ -91,20 +90,18 @@ def settings_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 
     yield get
     for settings in made.values():
-        spark.stop(settings)
+        engines.stop(settings)
 
 
 @pytest.fixture(scope="session")
 def spark_of(settings_of: Callable[[str], Settings]) -> Iterator[Callable[[str], SparkSession]]:
     """A session of that engine, one for all tests."""
-    from jobs import spark
-
     made: dict[str, SparkSession] = {}
 
     def get(engine: str) -> SparkSession:
         settings = settings_of(engine)
         if engine not in made:
-            made[engine] = spark.session(settings)
+            made[engine] = engines.session(settings)
         return made[engine]
 
     yield get

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 
-from feature_store.days import DAY_US, HOUR_US, day_range, end_us, shift, start_us
+from feature_store.days import DAY_US, HOUR_US, day_range, end_us, parse_day, shift, start_us
 from feature_store.ledger import Partition
 from feature_store.lineage import Lineage
 from feature_store.spec import (
@@ -269,8 +269,6 @@ def _write_part(spec, user, ds, part, features, packed, shown, out) -> None:
 
 
 def _write_state(spec, user, ds, history, touched, out) -> None:
-    from feature_store.days import parse_day
-
     base = (parse_day(ds) - parse_day(FIRST_DAY)).days % spec.base_days == 0
     if history and (touched or base):
         out["sequences"][ds].append(

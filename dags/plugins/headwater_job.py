@@ -1,7 +1,7 @@
 """The one operator: a task is a command about one day, run as a process of its own.
 
 Environment, read when a task starts:
-    HEADWATER_WARM  socket of `python -m jobs.warm`, whose forks have loaded the libraries of jobs; where
+    HEADWATER_WARM  socket of `headwater_warm.py`, whose forks have loaded the libraries of jobs; where
                     nothing listens there, a fresh interpreter loads them
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout
+from headwater_warm import Forked, die_with_parent
 
 from feature_store.days import parse_day
 from feature_store.errors import DataError
-from jobs.warm import Forked, die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 USER_ERROR = 2  # exit code of a job that met a HeadwaterError: running it again would not help
@@ -29,7 +29,7 @@ STOP_SECONDS = 15.0  # between asking a command to end and ending it
 
 
 class Fresh:
-    """A command in a process of its own; as `jobs.warm.Forked` is one in a fork."""
+    """A command in a process of its own; as `headwater_warm.Forked` is one in a fork."""
 
     def __init__(self, command: Sequence[str], *, environment: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(

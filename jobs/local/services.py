@@ -204,7 +204,8 @@ class AirflowServices:
     def start_warm(self) -> None:
         """Start what jobs are forked from; where it ends, or is none, they start afresh."""
         if sys.platform == "linux":
-            self._popen("warm", "jobs.warm", self._env["HEADWATER_WARM"])
+            program = str(self.plugins / "headwater_warm.py")
+            self._popen("warm", program, self._env["HEADWATER_WARM"])
 
     def check(self) -> None:
         """Raise ServiceError if a service has ended."""
@@ -289,12 +290,12 @@ class AirflowServices:
         }
 
     def _spawn(self, name: str, *arguments: str) -> None:
-        self._processes[name] = self._popen(name, "airflow", *arguments)
+        self._processes[name] = self._popen(name, "-m", "airflow", *arguments)
 
-    def _popen(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def _popen(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         with self._log(name) as out:
             return subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [sys.executable, *arguments],
                 env=self._env, cwd=self.home, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,  # Ctrl-C is for the launcher, which ends them in order
             )  # fmt: skip

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from models.metrics import calibration_curve
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def ne_by_day(
@@ -23,8 +20,6 @@ def ne_by_day(
         title: of the plot.
         note: a line under it (say, that metrics are sampled).
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7.5, 4.0), layout="constrained")
     axes = figure.subplots()
     days = sorted({day for points in series.values() for day, _ in points})
@@ -54,8 +49,6 @@ def calibration(
         title: of the plot.
         bins: points of a curve, at most.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(5.0, 5.0), layout="constrained")
     axes = figure.subplots()
     top, low = 0.0, 1.0
@@ -91,8 +84,6 @@ def ne_differences(panels: Mapping[str, Sequence[Row]], *, title: str, axis: str
         title: of the plot.
         axis: what the differences are.
     """
-    from matplotlib.figure import Figure
-
     names = [name for name, *_ in next(iter(panels.values()))]
     figure = Figure(figsize=(4.5 + 3 * len(panels), 1.4 + 0.4 * len(names)), layout="constrained")
     many = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from feature_store.errors import DataError
@@ -275,9 +277,6 @@ class Results(Generic[R]):
         Raises:
             DataError: the file is damaged, or gone.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         path = self.root / ds / name
         try:
             filters = None if task is None else [("task", "==", task)]

@@ -17,11 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.data.delta_dataset_source import DeltaDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
 from jobs.settings import Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from mlflow import MlflowClient
 
     from feature_store.lake import Lake
 
@@ -38,9 +44,6 @@ def client(settings: Settings) -> MlflowClient:
 
     Two tasks may come first at once: a lock keeps them from creating the same database.
     """
-    from filelock import FileLock
-    from mlflow import MlflowClient
-
     for name in ("alembic", "mlflow"):  # a line per table that is created
         logging.getLogger(name).setLevel(logging.WARNING)
     # the traceback of what is raised all the same
@@ -60,8 +63,6 @@ def client(settings: Settings) -> MlflowClient:
 
 def experiment_id(mlflow: MlflowClient, settings: Settings, name: str) -> str:
     """The experiment called `name`, created where there is none, by us or by another task."""
-    from mlflow.exceptions import MlflowException
-
     found = mlflow.get_experiment_by_name(name)
     if found is None:
         local = settings.mlflow_uri.startswith("sqlite:///")
@@ -126,23 +127,17 @@ class Run:
         if error is None:
             self.client.set_terminated(self.id, "FINISHED")
             return
-        from mlflow.exceptions import MlflowException
-
         with suppress(MlflowException):  # `error` is what matters
             self.client.set_terminated(self.id, "FAILED")
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        from mlflow.entities import RunTag
-
         rows = [RunTag(k, str(v)) for k, v in tags.items()]
         for i in range(0, len(rows), _BATCH):
             self.client.log_batch(self.id, tags=rows[i : i + _BATCH])
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Log parameters; nested ones by dotted name. They cannot change: known ones are skipped."""
-        from mlflow.entities import Param
-
         flat = {k: str(v)[:_MAX_PARAM] for k, v in flatten(params).items()}
         rows = [Param(k, v) for k, v in flat.items() if k not in self._params]
         for i in range(0, len(rows), _BATCH):
@@ -151,8 +146,6 @@ class Run:
 
     def metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """Log what is a finite number; NaN and infinity break the pages of a run."""
-        from mlflow.entities import Metric
-
         now = time.time_ns() // 1_000_000
         rows = [
             Metric(k, float(v), now, step)
@@ -169,10 +162,6 @@ class Run:
             inputs: {"<table>/<ds>" or "<table>/<model>/<ds>": version}.
             context: what they were read for, say `training`.
         """
-        from mlflow.data.delta_dataset_source import DeltaDatasetSource
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag
-
         rows = []
         for pin, version in inputs.items():
             if pin in self._inputs:
@@ -206,8 +195,6 @@ def register(
     tags: Mapping[str, str],
 ) -> str:
     """The version of registered model `name` that stands for `snapshot`, made where there is none."""
-    from mlflow.exceptions import MlflowException
-
     found = version_of(mlflow, name, snapshot)
     if found is not None:
         return found

@@ -8,9 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow.parquet as pq
+
 from feature_store.spec import Dataset
 from jobs.context import JobContext
-from jobs.training import tracking
+from jobs.training import plots, tracking
 from jobs.training.checkpoints import Checkpoints, Snapshot
 from jobs.training.results import (
     EVALUATION,
@@ -112,11 +115,6 @@ def _flat(prefix: str, values: TaskMetrics) -> dict[str, float | None]:
 
 
 def _figures(context: JobContext, root: Path, result: UpstreamResult) -> dict[str, Any]:
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    from jobs.training import plots
-
     dataset, model, ds = context.dataset, result.model, result.ds
     days = upstream_results(context.settings, dataset.name, model).until(ds).values()
     figures: dict[str, Any] = {}

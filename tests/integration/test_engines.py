@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
+from pyspark.errors import PySparkException
+from pyspark.sql import functions as F
 
+from feature_store.days import DAY_US
 from jobs import spark as engines
 from jobs.settings import REPOSITORY, Settings
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyspark.sql import SparkSession
 
 BOTH = pytest.mark.parametrize("engine", ["sail", "spark"], indirect=True)
@@ -24,9 +28,6 @@ BOTH = pytest.mark.parametrize("engine", ["sail", "spark"], indirect=True)
 
 @BOTH
 def test_a_partition_is_replaced_and_the_others_stay(spark: SparkSession, tmp_path: Path) -> None:
-    from deltalake import DeltaTable
-    from pyspark.sql import functions as F
-
     path = str(tmp_path / "table")
 
     def write(ds: str, rows: int, *, first: bool = False) -> None:
@@ -48,9 +49,6 @@ def test_a_partition_is_replaced_and_the_others_stay(spark: SparkSession, tmp_pa
 
 @BOTH
 def test_the_session_is_utc_and_ansi(spark: SparkSession) -> None:
-    from pyspark.errors import PySparkException
-    from pyspark.sql import functions as F
-
     cell = F.from_unixtime(F.lit(0).cast("long"), "yyyy-MM-dd HH:mm:ss").alias("t")
     assert spark.range(1).select(cell).collect()[0]["t"] == "1970-01-01 00:00:00"
     with pytest.raises(PySparkException):
@@ -59,11 +57,7 @@ def test_the_session_is_utc_and_ansi(spark: SparkSession) -> None:
 
 @BOTH
 def test_a_python_function_of_this_repository_runs_on_the_server(spark: SparkSession) -> None:
-    import pyarrow as pa
-
     def doubled(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        from feature_store.days import DAY_US
-
         for batch in batches:
             yield pa.RecordBatch.from_arrays(
                 [pa.array([DAY_US + x for x in batch["id"].to_pylist()])], names=["v"]

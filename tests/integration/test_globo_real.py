@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import functions as F
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import roc_auc_score
 
 from feature_store.datasets import get
 from feature_store.days import HOUR_US, shift, start_us
@@ -72,9 +74,6 @@ def test_one_click_in_five_candidates(day: dict[str, pd.DataFrame]) -> None:
 def test_the_moment_alone_does_not_give_the_answer_away(
     day: dict[str, pd.DataFrame], task: str
 ) -> None:
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.metrics import roc_auc_score
-
     scored = day["impressions"]
     scored = scored[scored[task].notna()].assign(
         gap=lambda x: x.time - x.as_of, second=lambda x: x.as_of // 1_000_000 % 60

@@ -18,6 +18,7 @@ from benchmarks.globo.split import Split, base_rates, rows_of, shown_on
 from feature_store.columns import NO_LABEL
 from feature_store.days import shift
 from feature_store.errors import DataError, SpecError
+from models.features import feature_plan
 from models.metrics import calibration, logloss, normalized_entropy
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 
@@ -86,8 +87,6 @@ def test_summaries_are_those_of_the_visible_events_with_an_item(lake) -> None:
 
 
 def compare_names() -> tuple[str, ...]:
-    from models.features import feature_plan
-
     return feature_plan(SPEC).pair_numbers
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -110,8 +111,6 @@ def test_a_remote_cluster_wins_and_is_not_ours_to_start(settings: Settings) -> N
 
 
 def test_the_jars_belong_to_the_installed_spark_and_delta() -> None:
-    from importlib.metadata import version
-
     spark_minor = ".".join(version("pyspark").split(".")[:2])
     assert (
         jvm.delta_package() == f"io.delta:delta-spark_{spark_minor}_2.13:{version('delta-spark')}"

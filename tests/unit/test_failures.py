@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 
 from feature_store.errors import DataError, TransientError
 from jobs import failures
@@ -219,8 +220,6 @@ def test_a_damaged_mlflow_is_named_and_moved_away(tmp_path: Path) -> None:
 def test_a_failed_run_that_mlflow_cannot_note_keeps_its_error(
     store: tuple[Settings, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow.exceptions import MlflowException
-
     def locked(*args: object) -> None:
         raise MlflowException("database is locked")
 

@@ -14,6 +14,7 @@ import pytest
 from feature_store.datasets import get
 from feature_store.days import DAY_US, day_of, day_range, end_us, start_us
 from feature_store.errors import DataError
+from feature_store.tables import contracts
 from jobs.sources import SourceDay, globo
 from jobs.sources.globo import files, targets
 
@@ -361,8 +362,6 @@ def test_both_engines_give_the_same_day(spark_of: Any, folder: Path) -> None:
 
 
 def test_frames_have_the_columns_and_types_of_the_spec(spark: SparkSession, folder: Path) -> None:
-    from feature_store.tables import contracts
-
     tables = contracts(DATASET)
     day = read(spark, folder, "2017-10-01")
     assert day.impressions is not None

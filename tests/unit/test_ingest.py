@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pytest
+from pyspark.sql import functions as F
 
 from feature_store import datasets
 from feature_store.days import DAY_US, HOUR_US, start_us
@@ -27,6 +28,7 @@ from feature_store.spec import (
 )
 from jobs import ingest, sources
 from jobs.context import JobContext
+from jobs.ingest_rows import hash_of
 from jobs.settings import Settings
 from jobs.sources import SourceDay
 
@@ -329,10 +331,6 @@ def test_streams_may_number_their_events_alike(spark: SparkSession) -> None:
 
 
 def test_values_of_hashed_ids_do_not_run_into_each_other(spark: SparkSession) -> None:
-    from pyspark.sql import functions as F
-
-    from jobs.ingest_rows import hash_of
-
     rows = [("ab", "c"), ("a", "bc"), ("abc", None), (None, "abc"), ("abc", ""), ("", "abc")]
     frame = spark.createDataFrame(pa.Table.from_pylist([{"x": x, "y": y} for x, y in rows]))
     ids = [r[0] for r in frame.select(hash_of("s", [F.col("x"), F.col("y")])).collect()]

@@ -17,8 +17,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
+from pyspark.sql import functions as F
 
-from feature_store import quality
+from feature_store import ledger, quality
 from feature_store.commit import replace_partition
 from feature_store.errors import (
     ContractError,
@@ -419,8 +420,6 @@ def test_models_have_partitions_of_their_own(lake: Lake) -> None:
 def test_a_ledger_that_grew_long_is_compacted_and_keeps_its_rows(
     lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from feature_store import ledger
-
     monkeypatch.setattr(ledger, "_COMPACT_AT_FILES", 3)
     days = [f"2024-05-{d:02d}" for d in range(1, 7)]
     for i, day in enumerate(days):
@@ -432,8 +431,6 @@ def test_a_ledger_that_grew_long_is_compacted_and_keeps_its_rows(
 
 @pytest.mark.parametrize("engine", ["sail", "spark"], indirect=True)
 def test_an_engines_frame_is_published_and_read_back(lake: Lake, spark) -> None:
-    from pyspark.sql import functions as F
-
     def frame(n: int, ds: str = DAY):
         columns = {
             "target_id": F.col("id"),

@@ -12,7 +12,7 @@ import pytest
 
 from feature_store import datasets
 from feature_store.errors import HeadwaterError
-from jobs import failures, report, report_page
+from jobs import failures, report
 from jobs.context import JobContext
 from jobs.local import run as command
 from jobs.local import ui
@@ -71,8 +71,8 @@ def pages(settings: Settings, monkeypatch: Patch) -> None:
 def written(settings: Settings, monkeypatch: Patch) -> None:
     monkeypatch.setattr(report, "assemble", lambda context: {})
     monkeypatch.setattr(report, "_log", lambda *_: None)
-    monkeypatch.setattr(report_page, "html", lambda _: "")
-    monkeypatch.setattr(report_page, "terminal", lambda _: ())
+    monkeypatch.setattr(report, "html", lambda _: "")
+    monkeypatch.setattr(report, "terminal", lambda _: ())
     report.run(JobContext(dataset=SPEC, ds=DAY, settings=settings))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from feature_store.days import end_us, start_us
 from feature_store.spec import Dataset
+from jobs.settings import Settings
 from jobs.sources import SourceDay
 from jobs.sources.globo import files, targets
 
@@ -30,8 +31,6 @@ def read(spark: SparkSession, source: str | None, day: str, dataset: Dataset) ->
         DataError: no such folder or files, a file that is unreadable or not of the format, or a
             day outside of what the files hold.
     """
-    from jobs.settings import Settings
-
     folder = files.folder_of(source)
     cache = Path(Settings.from_env().home) / "cache" / "globo"
     index = files.index_files(folder, cache, dataset.utc_offset)

@@ -16,14 +16,15 @@ import re
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import csv
 
 from feature_store.days import SECOND_US, parse_day, shift
 from feature_store.errors import DataError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
 
 COLUMNS = (
     "user_id",
@@ -139,10 +140,6 @@ def _known_files(kept: Path) -> dict[str, HourFile]:
 
 def _lines(path: Path) -> pa.Table:
     """All lines of one file, int64 columns, refusing what the jobs could not stand on."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    from pyarrow import csv
-
     types = csv.ConvertOptions(column_types={c: pa.int64() for c in COLUMNS})
     try:
         table = csv.read_csv(path, convert_options=types)
@@ -168,8 +165,6 @@ def _lines(path: Path) -> pa.Table:
 
 
 def _examine(path: Path, stat: os.stat_result, utc_offset: timedelta) -> HourFile:
-    import pyarrow.compute as pc
-
     table = _lines(path)
     different = table.group_by(["session_id", "click_article_id", "click_timestamp"]).aggregate([])
     sizes = table.group_by("session_id").aggregate([("session_size", "max"), ([], "count_all")])
@@ -186,8 +181,6 @@ def _examine(path: Path, stat: os.stat_result, utc_offset: timedelta) -> HourFil
 
 
 def _clicks_by_day(times_ms: np.ndarray, utc_offset: timedelta) -> dict[str, int]:
-    import numpy as np
-
     local_ms = times_ms + utc_offset // timedelta(milliseconds=1)
     day_ms = 24 * 3600 * 1000
     days, counts = np.unique(local_ms // day_ms, return_counts=True)
@@ -231,10 +224,6 @@ def stage(
         files: as `files_of_day` gives them; read one at a time.
         span: the day's first instant and the first one after it, UTC microseconds.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     staged = cache / f"{day}_{_hash(folder, span, [asdict(f) for f in files])}.parquet"
     if staged.exists():
         return staged

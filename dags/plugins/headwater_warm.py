@@ -1,6 +1,6 @@
 """A process that has loaded the libraries of jobs, and forks for each command that it is sent.
 
-    python -m jobs.warm SOCKET
+    python dags/plugins/headwater_warm.py SOCKET [LIBRARY ...]
 
 What a job imports (torch, TorchRec, MLflow, Great Expectations, the engine's client) takes up to ten
 seconds of CPU; a fork takes none of it. Libraries only: this repository's code is read when a job
@@ -127,7 +127,7 @@ def main() -> None:
     os.umask(0o077)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     with _Server(path.name, _Keeper) as server:
-        for library in LIBRARIES:
+        for library in sys.argv[2:] or LIBRARIES:
             importlib.import_module(library)
             server.handle_request()
         gc.collect()
