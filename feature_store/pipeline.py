@@ -6,7 +6,8 @@ read them here, so that a new task or model of a spec is in both at once.
     ingest                cron                                     -> events
     features              events[D] and sequences[D-1]             -> sequences, examples
     upstream              examples[D] and models[D-1]              -> models, user_embeddings
-    downstream_<task>     user_embeddings[D]
+    downstream_<task>     user_embeddings[D]                   -> comparison_<task>
+    report                comparison_<task>[D] of every task
 
 What builds on the day before waits for the day before, so days go in order however they arrive.
 """
@@ -71,7 +72,8 @@ class Stage:
 
 
 def asset_name(dataset: Dataset, name: str) -> str:
-    """The Airflow asset of `name` (`events`, `sequences`, `examples`, `models`, `user_embeddings`)."""
+    """The Airflow asset of `name` (`events`, `sequences`, `examples`, `models`, `user_embeddings`,
+    `comparison_<task>`)."""
     return f"{dataset.name}.{name}"
 
 
@@ -134,9 +136,17 @@ def stages(dataset: Dataset) -> tuple[Stage, ...]:
                     on_device=True,
                 ),
             ),
-            emits=(),
+            emits=(asset(f"comparison_{task.name}"),),
             priority=1,
         )
         for task in dataset.tasks
     )
-    return (ingest, features, upstream, *downstream)
+    report = Stage(
+        name="report",
+        dag_id=f"{dataset.name}_report",
+        waits=tuple(Wait(asset=name) for stage in downstream for name in stage.emits),
+        steps=(Step(name="report", jobs=("report",)),),
+        emits=(),
+        priority=5,  # seconds, and what people wait for
+    )
+    return (ingest, features, upstream, *downstream, report)

@@ -47,9 +47,9 @@ def run(context: JobContext) -> None:
     report = assemble(context)
     folder = context.settings.report_dir(context.dataset.name)
     folder.mkdir(parents=True, exist_ok=True)
-    page = html(report)
-    for name, text in (("report.json", json.dumps(report, indent=1)), ("index.html", page)):
-        write_atomically(folder / name, text.encode())
+    write_atomically(folder / "index.html", html(report).encode())
+    figures = context.settings.report_json(context.dataset.name)
+    write_atomically(figures, json.dumps(report, indent=1).encode())
     _log(context, folder, report)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)

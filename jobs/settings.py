@@ -131,8 +131,12 @@ class Settings:
         return self.home / "downstream" / dataset / task
 
     def report_dir(self, dataset: str) -> Path:
-        """`index.html` and `report.json`."""
+        """The report's page, `index.html`, and its figures."""
         return self.home / "report" / dataset
+
+    def report_json(self, dataset: str) -> Path:
+        """The report's figures."""
+        return self.report_dir(dataset) / "report.json"
 
     def quality_dir(self, dataset: str) -> Path:
         """Great Expectations' Data Docs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 TOO_FEW = "too few"
 
@@ -22,6 +23,14 @@ def interval(value: Mapping[str, float] | None, *, missing: str = TOO_FEW) -> st
     if value is None:
         return missing
     return f"{value['mean']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]"
+
+
+def headline(task: Mapping[str, Any]) -> str:
+    """What a report says of a task in one line; "" where it compares nothing."""
+    if not task["arms"]:
+        return ""
+    arms = [f"{arm['title']} {number(arm['ne'])}" for arm in task["arms"]]
+    return f"{task['name']}, {days_text(task['days'])}, NE: {', '.join(arms)}"
 
 
 def days_text(days: Sequence[str]) -> str:

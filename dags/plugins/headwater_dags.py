@@ -4,6 +4,7 @@ Environment, read once when this module is loaded:
     HEADWATER_DATASETS   comma-separated names: only these have DAGs here (default: every dataset)
     HEADWATER_SCHEDULED  0: the clock starts nothing, only backfills and people do (default: 1)
     HEADWATER_AGAIN      1: feature tables are built also where they are current (default: 0)
+    HEADWATER_LAUNCH     what started this scheduler; waits that began under another are dropped (default: "")
     HEADWATER_TASK_HOURS how long any task may take before it is ended and tried again (default: its
                          step's own hours, 6 to 24; `feature_store/pipeline.py`)
 """
@@ -18,7 +19,7 @@ from datetime import timedelta
 import pendulum
 from airflow.sdk import DAG, Asset, BaseOperator, CronPartitionTimetable, PartitionedAssetTimetable
 from headwater_job import Announce, JobOperator
-from headwater_plugin import NextDayMapper
+from headwater_plugin import DayMapper
 
 from feature_store import datasets
 from feature_store.errors import SpecError
@@ -33,6 +34,7 @@ MAX_INGESTS = 2  # days read at once; features go one day at a time
 
 _CHOSEN = tuple(n.strip() for n in os.environ.get("HEADWATER_DATASETS", "").split(",") if n.strip())
 _AGAIN = os.environ.get("HEADWATER_AGAIN", "0") != "0"
+_LAUNCH = os.environ.get("HEADWATER_LAUNCH", "")
 _SCHEDULED = os.environ.get("HEADWATER_SCHEDULED", "1") != "0"
 
 
@@ -91,9 +93,7 @@ def timetable(dataset: Dataset, stage: Stage) -> CronPartitionTimetable | Partit
     for wait in stage.waits:
         asset = Asset(name=wait.asset)
         condition = asset if condition is None else condition & asset
-        assert wait.days_before in (0, 1)
-        if wait.days_before:
-            mappers[asset] = NextDayMapper()
+        mappers[asset] = DayMapper(wait.days_before, _LAUNCH)
     return PartitionedAssetTimetable(assets=condition, partition_mapper_config=mappers)
 
 

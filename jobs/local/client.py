@@ -1,22 +1,26 @@
-"""Airflow's REST API, as far as a run needs it."""
+"""Airflow's REST API, as far as a run needs it: some ten calls, and what a busy SQLite is asked again.
+
+The client that Airflow generates from its API would be a dependency for these; it does not ask again.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from feature_store.errors import TransientError
 
 _PAGE = 100
-_TRIES = 5  # SQLite answers 503 or 500 while another process holds it
+_TRIES = 5
 
 ACTIVE = ("queued", "running")
+_IN_A_WORKER = ("queued", "running", "restarting")
 BACKFILL_DAYS = 2  # of a backfill that run at once
 
 
@@ -57,6 +61,18 @@ class AirflowSilent(AirflowError, TransientError):
     """Airflow did not answer, however often it was asked."""
 
 
+class _Busy(RuntimeError):
+    """An answer that another try may better: SQLite answers 503 or 500 while another process holds it."""
+
+
+_RETRYING = Retrying(
+    retry=retry_if_exception_type((httpx.TransportError, _Busy)),
+    wait=wait_exponential(multiplier=0.5),
+    stop=stop_after_attempt(_TRIES),
+    reraise=True,
+)
+
+
 class AirflowClient:
     """A client of the api-server at `url` (no token: services are on loopback, for one person)."""
 
@@ -67,38 +83,33 @@ class AirflowClient:
         """Close the connection."""
         self._http.close()
 
-    def request(self, method: str, path: str, **kwargs: Any) -> Any:
+    def request(self, method: str, path: str, *, api: str = "/api/v2", **kwargs: Any) -> Any:
         """The JSON that the API answers; a busy database is asked again.
 
         Raises:
             AirflowError: with the API's own words.
             AirflowSilent: no answer, or none that makes sense.
         """
-        problem = ""
-        for attempt in range(_TRIES):
-            if attempt:
-                time.sleep(2**attempt / 4)
-            try:
-                answer = self._http.request(method, f"/api/v2{path}", **kwargs)
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if answer.status_code >= 500:
-                problem = f"{answer.status_code}: {answer.text[:500]}"
-                continue
-            if answer.is_error:
-                raise AirflowError(
-                    f"{method} {path}: {answer.status_code}: {answer.text[:500]}",
-                    answer.status_code,
-                )
-            try:
-                return answer.json() if answer.content else None
-            except ValueError:
-                problem = f"no JSON: {answer.text[:500]}"
-        raise AirflowSilent(
-            f"Airflow did not answer {method} {path} {_TRIES} times, the last time by {problem}: see "
-            "airflow/services/ in HEADWATER_HOME and run the same command again, it goes on from here"
-        )
+        try:
+            return _RETRYING(self._answer, method, f"{api}{path}", **kwargs)
+        except (httpx.TransportError, _Busy) as error:
+            raise AirflowSilent(
+                f"Airflow did not answer {method} {path} {_TRIES} times, the last time by "
+                f"{type(error).__name__.removeprefix('_')}: {error}: see airflow/services/ in "
+                "HEADWATER_HOME and run the same command again, it goes on from here"
+            ) from None
+
+    def _answer(self, method: str, path: str, **kwargs: Any) -> Any:
+        answer = self._http.request(method, path, **kwargs)
+        if answer.status_code >= 500:
+            raise _Busy(f"{answer.status_code}: {answer.text[:500]}")
+        if answer.is_error:
+            said = f"{method} {path}: {answer.status_code}: {answer.text[:500]}"
+            raise AirflowError(said, answer.status_code)
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            raise _Busy(f"no JSON: {answer.text[:500]}") from None
 
     def healthy(self) -> bool:
         """Whether the api-server answers."""
@@ -248,6 +259,30 @@ class AirflowClient:
         tasks = self.request("GET", f"{path}/taskInstances")["task_instances"]
         failed = any(t["state"] in ("failed", "upstream_failed") for t in tasks)
         self.request("POST", f"{path}/clear", json={"dry_run": False, "only_failed": failed})
+
+    def clear_interrupted(self, run: DagRun) -> None:
+        """Have tasks that nobody runs any more, as their scheduler is dead, run again; no retry is used up.
+
+        Airflow clears a running task by asking its worker to end it: failed first, it is cleared at once.
+        """
+        path = f"/dags/{run.dag_id}/dagRuns/{run.run_id}"
+        states = {
+            t["task_id"]: t["state"]
+            for t in self.request("GET", f"{path}/taskInstances")["task_instances"]
+        }
+        for task, state in states.items():
+            if state in _IN_A_WORKER:
+                self.request("PATCH", f"{path}/taskInstances/{task}", json={"new_state": "failed"})
+        if any(state in (*_IN_A_WORKER, "failed") for state in states.values()):
+            self.restart(run)
+
+    def waits(self, dag_ids: Iterable[str], until: datetime) -> int:
+        """How many runs of `dag_ids` have waited since before `until` for the rest of their inputs."""
+        rows = self.request(
+            "GET", "/partitioned_dag_runs", api="/ui", params={"has_created_dag_run_id": False}
+        )["partitioned_dag_runs"]
+        ids = set(dag_ids)
+        return sum(r["dag_id"] in ids and _instant(r["created_at"]) < until for r in rows)
 
     def post_event(self, asset: str, day: str) -> None:
         """Say that `asset` of `day` is there.

@@ -1,4 +1,8 @@
-"""From a plan to runs: what is missing is started, watched, and told when it fails."""
+"""From a plan to runs: what is missing is started, watched, and told when it fails.
+
+Airflow runs what follows from an asset. That a person wants a range of days, which of it is missing,
+when all of it is done or cannot come any more, and what to print of it, it does not know.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from jobs.local.client import ACTIVE, AirflowClient, AirflowError, AirflowSilent
 from jobs.local.plan import DONE, Pair, Plan
 from jobs.local.progress import Progress
 from jobs.local.services import AirflowServices
+from jobs.text import headline
 
 POLL_SECONDS = 2.0
 STALLED_SECONDS = 120  # nothing active, nothing changed for so long: the rest will not come
@@ -24,6 +29,7 @@ class Launcher:
     """Starts what a plan needs and waits for it.
 
     Args:
+        report: where the figures of the report are, once there is one.
         since: of pairs that are built again, only runs made since then (ISO instant) count; "": all.
         stale: pairs whose runs that succeeded before this moment do not count.
         backwards: ingest the last day first.
@@ -36,6 +42,7 @@ class Launcher:
         services: AirflowServices,
         since: str,
         *,
+        report: Path,
         stale: Collection[Pair] = (),
         backwards: bool = False,
     ) -> None:
@@ -43,6 +50,8 @@ class Launcher:
         self.client = client
         self.services = services
         self.since = since
+        self.report = report
+        self.told_of: set[Pair] = set()  # reports
         self.stale = frozenset(stale)
         self.begun = instant()
         self.backwards = backwards
@@ -61,6 +70,7 @@ class Launcher:
         progress = Progress(self.plan)
         try:
             self.look()
+            self.told_of = self._reports()
             done = sum(s == DONE for s in self.states.values())
             again = len({p for p in self.done_before if p in self.stale})
             if again:
@@ -74,8 +84,8 @@ class Launcher:
                 progress.say(f"{pair[1]}  {pair[0]}  failed before: its failed tasks run again")
                 self.client.restart(self.runs[pair])
             if not self.plan.over(self.states) or self.plan.failed(self.states):
+                self.services.start_scheduler(self.client, self.plan.dag_ids)
                 self.begin()
-                self.services.start_scheduler()
                 self.look()
                 self.wait(progress)
             return self.summary(progress)
@@ -149,6 +159,7 @@ class Launcher:
             progress.pairs(states, {p: r.seconds for p, r in self.runs.items() if r.seconds})
             for pair in self.plan.failed(states):
                 self._tell(progress, self.runs[pair])
+            self._headlines(progress)
             if changed or any(s in ACTIVE for s in states.values()):
                 last_change = now
             if self.plan.over(states) or now - last_change > STALLED_SECONDS:
@@ -162,6 +173,20 @@ class Launcher:
             day = self.days.get((task.dag_id, task.run_id))
             if day in self.plan.days:
                 progress.task(day, task)
+
+    def _reports(self) -> set[Pair]:
+        """The reports that are written."""
+        last = self.plan.stages[-1].dag_id
+        return {pair for pair, state in self.states.items() if pair[0] == last and state == DONE}
+
+    def _headlines(self, progress: Progress) -> None:
+        """Say what a report has found that was written since."""
+        reports = self._reports()
+        if reports - self.told_of and self.report.exists():
+            for task in json.loads(self.report.read_text())["tasks"]:
+                if headline(task):
+                    progress.say(headline(task))
+        self.told_of = reports
 
     def _tell(self, progress: Progress, run: DagRun) -> None:
         """Say once why a run failed, and where its log is."""

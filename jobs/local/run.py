@@ -118,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         engine = None if settings.spark_remote else pool.submit(spark.start, settings)
         services.migrate()
-        services.settle(plan.dag_ids)
         services.start_warm()
         client = services.start_api()
         client.set_pool(
@@ -132,7 +131,15 @@ def run(args: argparse.Namespace) -> int:
         )
         since = _again_since(settings, plan, again=args.again)
         stale = not_current(plan, settings)
-        launcher = Launcher(plan, client, services, since, stale=stale, backwards=args.backwards)
+        launcher = Launcher(
+            plan,
+            client,
+            services,
+            since,
+            report=settings.report_json(dataset.name),
+            stale=stale,
+            backwards=args.backwards,
+        )
         ok = launcher.run()
         if ok:
             _again_file(settings, dataset).unlink(missing_ok=True)

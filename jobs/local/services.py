@@ -1,8 +1,10 @@
 """Airflow's services on this machine: api-server, scheduler and DAG processor, on loopback only.
 
-SQLite, tasks as local processes, and everything that they write in one folder. A run that was killed
-leaves processes behind; whoever comes next ends them. They are found by a mark in their environment
-that names the folder, so that neither another checkout's nor a person's own processes are touched.
+SQLite, tasks as local processes, and everything that they write in one folder. `airflow standalone`
+starts them too, but on every interface, with a login and a triggerer that nothing here uses, and it
+does not end what a killed run left behind. Here whoever comes next ends that: processes are found by
+a mark in their environment that names the folder, so that neither another checkout's nor a person's
+own are touched.
 """
 
 from __future__ import annotations
@@ -10,17 +12,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import operator
 import os
 import secrets
 import shlex
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,10 +30,11 @@ from typing import IO
 
 import psutil
 from filelock import FileLock, Timeout
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from feature_store.errors import HeadwaterError
 from jobs import failures
-from jobs.local.client import AirflowClient, TaskRun
+from jobs.local.client import ACTIVE, AirflowClient, TaskRun
 from jobs.paths import own
 from jobs.settings import REPOSITORY
 
@@ -128,38 +130,6 @@ class AirflowServices:
             )
         marker.write_text(current)
 
-    def settle(self, dag_ids: Iterable[str] = ()) -> None:
-        """Clear up in the database what dead services left; the services must be down.
-
-        A dead scheduler is marked so, and the next one starts its interrupted tasks again at once
-        (to notice by itself it needs a short timeout, and then takes a busy machine for a dead one).
-        Half-filled waits (one of two inputs was there) of `dag_ids` are dropped, as they outlive what
-        they were about: a day that is built again would start on the input of the time before. A
-        run announces again whatever is done and still waited for.
-
-        Raises:
-            ServiceError: the database is locked or damaged.
-        """
-        ids = list(dag_ids)
-        marks = ",".join("?" * len(ids))
-        waiting = (
-            "SELECT id FROM asset_partition_dag_run "
-            f"WHERE created_dag_run_id IS NULL AND target_dag_id IN ({marks})"
-        )
-        keys = (
-            f"DELETE FROM partitioned_asset_key_log WHERE asset_partition_dag_run_id IN ({waiting})"
-        )
-        try:
-            with contextlib.closing(sqlite3.connect(self._database)) as database, database:
-                database.execute("UPDATE job SET state = 'failed' WHERE state = 'running'")
-                database.execute(keys, ids)
-                database.execute(
-                    f"DELETE FROM asset_partition_dag_run WHERE id IN ({waiting})", ids
-                )
-        except sqlite3.Error as error:
-            self._check_ground("scheduler", str(error))
-            raise
-
     def start_api(self) -> AirflowClient:
         """Start the api-server and the DAG processor; a client once the first answers.
 
@@ -194,12 +164,29 @@ class AirflowServices:
 
         self._until(ready, f"DAGs {', '.join(sorted(wanted))} are not parsed", "dag-processor")
 
-    def start_scheduler(self) -> None:
-        """Start what starts tasks; nothing to do where it runs."""
+    def start_scheduler(self, client: AirflowClient, dag_ids: Iterable[str]) -> None:
+        """Start what starts tasks, once what dead services left in runs of `dag_ids` is cleared up.
+
+        An interrupted task is cleared: it runs again at once and no retry is used up. (To notice by
+        itself the scheduler would need a short timeout, and then take a busy machine for a dead one.)
+        What waited for its second input under another launch is dropped by the scheduler itself, see
+        `DayMapper`; who starts runs waits for that, and announces again what is done.
+
+        Raises:
+            ServiceError: it ended, or did not drop them in time.
+        """
         if "scheduler" in self._processes:
             return
+        ids = list(dag_ids)
+        for run in client.runs(ids, states=ACTIVE):
+            client.clear_interrupted(run)
         # It would serve task logs on every interface; the api-server reads them from the folder.
         self._spawn("scheduler", "scheduler", "--skip-serve-logs")
+        self._until(
+            lambda: not client.waits(ids, until=self._started),
+            "what waited under another launch is not dropped",
+            "scheduler",
+        )
 
     def start_warm(self) -> None:
         """Start what jobs are forked from; where it ends, or is none, they start afresh."""
@@ -255,6 +242,7 @@ class AirflowServices:
             "CORE__PARALLELISM": str(self.parallelism),
             "CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
             "CORE__EXECUTOR": "LocalExecutor",
+            "CORE__MIN_SERIALIZED_DAG_UPDATE_INTERVAL": "0",  # DAGs are of this launch from their first parse
             "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",  # REST without a token: loopback only
             "CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
             "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self._database}",
@@ -285,6 +273,7 @@ class AirflowServices:
             "SPT_NOENV": "1",  # a process that sets its title would overwrite its environment, and the mark
             "PYTHONPATH": path,
             "TMPDIR": str(scratch),
+            "HEADWATER_LAUNCH": secrets.token_hex(8),
             "HEADWATER_WARM": str(self.home / "warm.sock"),
             **self.environment,
         }
@@ -300,14 +289,22 @@ class AirflowServices:
                 start_new_session=True,  # Ctrl-C is for the launcher, which ends them in order
             )  # fmt: skip
 
-    def _until(self, ready: object, problem: str, name: str) -> None:
-        assert callable(ready)
-        deadline = time.monotonic() + START_SECONDS
-        while not ready():
+    def _until(self, ready: Callable[[], bool], problem: str, name: str) -> None:
+        def ended_or_ready() -> bool:
             self.check()
-            if time.monotonic() > deadline:
-                raise ServiceError(f"{problem} after {START_SECONDS} s: see {self._log_path(name)}")
-            time.sleep(0.5)
+            return ready()
+
+        waiting = Retrying(
+            retry=retry_if_result(operator.not_),
+            wait=wait_fixed(0.5),
+            stop=stop_after_delay(START_SECONDS),
+        )
+        try:
+            waiting(ended_or_ready)
+        except RetryError:
+            raise ServiceError(
+                f"{problem} after {START_SECONDS} s: see {self._log_path(name)}"
+            ) from None
 
     def _check_ground(self, name: str, said: str = "") -> None:
         """Raise what lies under the end of a service, as far as its log or `said` shows it.

@@ -59,6 +59,8 @@ def _wrong(
             root = settings.snapshot_dir(dataset.name, model, day).parent
             yield _decided_from(Checkpoints(root), day) != lineage.identity("user_embeddings", day)
             yield lacks("user_embeddings", model)
+    elif stage.name == "report":
+        yield not settings.report_json(dataset.name).exists()
     else:
         results = downstream_results(settings, dataset.name, stage.steps[0].task)
         try:

@@ -85,14 +85,14 @@ def serve(settings: Settings) -> None:
 
 def _airflow(services: AirflowServices) -> None:
     services.migrate()
-    services.settle()
     client = services.start_api()
     client.set_pool(
         DEVICES_POOL, device_slots(), "one slot per device: training and inference tasks"
     )
     plans = [Plan(datasets.get(name), ()) for name in datasets.names()]
-    services.wait_parsed(client, [dag_id for plan in plans for dag_id in plan.dag_ids])
-    services.start_scheduler()
+    dag_ids = [dag_id for plan in plans for dag_id in plan.dag_ids]
+    services.wait_parsed(client, dag_ids)
+    services.start_scheduler(client, dag_ids)
     client.close()
 
 

@@ -70,7 +70,7 @@ class TrainingConfig(Optimization):
     shift_weight: float = 1.0
     catch_up_days: int = 7
     limits: Limits = field(default_factory=lambda: Limits(max_targets=512))
-    inference: Limits = field(default_factory=Limits)
+    inference: Limits = field(default_factory=lambda: Limits(max_targets=512))
 
     def __post_init__(self) -> None:
         if self.shift not in tuple(Shift):

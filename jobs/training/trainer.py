@@ -103,7 +103,8 @@ class Trainer(ABC, Generic[T]):
 
     def step(self, item: T) -> Step:
         """One step of all optimizers."""
-        self.model.train()
+        if not self.model.training:  # going through all modules takes a twentieth of a small step
+            self.model.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         found = self.loss(item)

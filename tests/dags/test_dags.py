@@ -59,14 +59,14 @@ def bag() -> Any:
     return bag
 
 
-def waits(dag: Any) -> dict[str, str]:
-    """Asset name -> the class of its partition mapper."""
+def waits(dag: Any) -> dict[str, int]:
+    """Asset name -> how many days before its run it is of."""
     timetable = dag.timetable
     mappers = {a.name: m for a, m in timetable.partition_mapper_config.items()}
     names = [a.name for a in timetable.asset_condition.objects] if hasattr(
         timetable.asset_condition, "objects"
     ) else [timetable.asset_condition.name]  # fmt: skip
-    return {n: type(mappers.get(n, timetable.default_partition_mapper)).__name__ for n in names}
+    return {n: mappers[n].days for n in names}
 
 
 def emits(dag: Any) -> dict[str, list[str]]:
@@ -78,7 +78,9 @@ def test_every_dataset_has_the_dags_of_its_spec(bag: Any) -> None:
     wanted = set()
     for name in datasets.names():
         tasks = [f"downstream_{t.name}" for t in datasets.get(name).tasks]
-        wanted |= {f"{name}_{stage}" for stage in ("ingest", "features", "upstream", *tasks)}
+        wanted |= {
+            f"{name}_{stage}" for stage in ("ingest", "features", "upstream", *tasks, "report")
+        }
     assert set(bag.dags) == wanted
 
 
@@ -87,16 +89,18 @@ def test_a_day_waits_for_its_inputs_and_for_the_day_before_where_it_builds_on_it
     bag: Any, name: str
 ) -> None:
     assert waits(bag.dags[f"{name}_features"]) == {
-        f"{name}.events": "IdentityMapper",
-        f"{name}.sequences": "NextDayMapper",
+        f"{name}.events": 0,
+        f"{name}.sequences": 1,
     }
     assert waits(bag.dags[f"{name}_upstream"]) == {
-        f"{name}.examples": "IdentityMapper",
-        f"{name}.models": "NextDayMapper",
+        f"{name}.examples": 0,
+        f"{name}.models": 1,
     }
     for task in datasets.get(name).tasks:
         dag = bag.dags[f"{name}_downstream_{task.name}"]
-        assert waits(dag) == {f"{name}.user_embeddings": "IdentityMapper"}
+        assert waits(dag) == {f"{name}.user_embeddings": 0}
+    comparisons = [f"{name}.comparison_{task.name}" for task in datasets.get(name).tasks]
+    assert waits(bag.dags[f"{name}_report"]) == dict.fromkeys(comparisons, 0)
 
 
 @pytest.mark.parametrize("name", datasets.names())
@@ -146,7 +150,7 @@ def test_tasks_run_jobs_about_the_day_of_the_key(bag: Any, name: str) -> None:
             assert rest[rest.index("--ds") + 1] == "{{ dag_run.partition_key }}"
             trains = any(job.startswith("train") for job in rest[:cut])
             assert task.pool == ("devices" if trains else "default_pool")
-    assert set(ran) == set(JOBS) - {"report"}
+    assert set(ran) == set(JOBS)
 
 
 def test_a_new_task_or_model_of_a_spec_is_a_new_stage_or_step() -> None:

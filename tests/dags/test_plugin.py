@@ -17,31 +17,32 @@ from feature_store.errors import DataError
 
 @given(st.dates(min_value=date(1990, 1, 1)).map(str))
 def test_the_day_before_feeds_the_day(day: str) -> None:
-    from headwater_plugin import NextDayMapper
+    from headwater_plugin import DayMapper
 
-    assert NextDayMapper().to_downstream(shift(day, -1)) == day
+    assert DayMapper(1).to_downstream(shift(day, -1)) == day
 
 
 @pytest.mark.parametrize(
     ("key", "fed"), [("2024-02-28", "2024-02-29"), ("2023-12-31", "2024-01-01")]
 )
 def test_months_and_years_end(key: str, fed: str) -> None:
-    from headwater_plugin import NextDayMapper
+    from headwater_plugin import DayMapper
 
-    assert NextDayMapper().to_downstream(key) == fed
+    assert DayMapper(1).to_downstream(key) == fed
 
 
 @pytest.mark.parametrize("key", ["None", "", "2024-13-01", "2024-01-01T00:00:00"])
 def test_a_key_that_is_no_day_is_refused(key: str) -> None:
-    from headwater_plugin import NextDayMapper
+    from headwater_plugin import DayMapper
 
     with pytest.raises(DataError, match="partition key"):
-        NextDayMapper().to_downstream(key)
+        DayMapper(1).to_downstream(key)
 
 
 def test_the_mapper_survives_serialization_of_its_dag() -> None:
     from airflow.dag_processing.dagbag import DagBag
     from airflow.serialization.serialized_objects import DagSerialization
+    from headwater_plugin import DayMapper
 
     root = Path(__file__).resolve().parents[2]
     dag = DagBag(str(root / "dags" / "upstream.py")).dags["simulated_upstream"]
@@ -50,6 +51,7 @@ def test_the_mapper_survives_serialization_of_its_dag() -> None:
     assert mapper.to_downstream("2024-02-29") == "2024-03-01"
     same_day = again.timetable.get_partition_mapper(name="simulated.examples")
     assert same_day.to_downstream("2024-02-29") == "2024-02-29"
+    assert DayMapper.deserialize(DayMapper(1, "a launch").serialize()).launch == "a launch"
 
 
 def operator(code: str, *, day: str = "2024-05-01") -> Any:

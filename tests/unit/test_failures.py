@@ -8,6 +8,7 @@ import re
 import sqlite3
 import stat
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,7 +246,14 @@ def test_a_service_that_ended_on_a_full_disk_or_a_damaged_database_says_so(tmp_p
         services._check_ground("scheduler")
 
 
-def test_a_damaged_airflow_database_is_named_when_it_is_cleared_up(tmp_path: Path) -> None:
+def test_a_damaged_airflow_database_is_named_when_airflow_starts(tmp_path: Path) -> None:
     (tmp_path / "airflow.db").write_bytes(bytes(range(256)) * 20)
-    with pytest.raises(ServiceError, match=r"airflow\.db is damaged"):
-        AirflowServices(home=tmp_path).settle()
+    (tmp_path / "database-version").write_text(version("apache-airflow-core"))
+    services = AirflowServices(home=tmp_path)
+    services.acquire()
+    try:
+        services.migrate()
+        with pytest.raises(ServiceError, match=r"airflow\.db is damaged"):
+            services.start_api()
+    finally:
+        services.stop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from feature_store import datasets
 from jobs.local.client import DagRun
 from jobs.local.launcher import Launcher
@@ -32,7 +34,7 @@ def run(pair: Pair, *, state: str = DONE, created: str = LONG_AGO, number: int =
 def test_a_success_of_before_does_not_count_where_what_it_made_is_stale() -> None:
     first, second, other = ((FEATURES, d) for d in (*PLAN.days, "2024-03-09"))
     client = Client(run(first), run(second), run(other))
-    launcher = Launcher(PLAN, client, None, "", stale={second})
+    launcher = Launcher(PLAN, client, None, "", report=Path("none"), stale={second})
     launcher.look()
     assert launcher.states == {first: DONE}
     assert launcher.done_before == {second}
@@ -44,6 +46,6 @@ def test_a_success_of_before_does_not_count_where_what_it_made_is_stale() -> Non
 def test_a_stale_pair_that_failed_or_runs_already_is_not_started_beside_it() -> None:
     failed, running = (FEATURES, PLAN.days[0]), (INGEST, PLAN.days[1])
     client = Client(run(failed, state="failed"), run(running, state="running"))
-    launcher = Launcher(PLAN, client, None, "", stale={failed, running})
+    launcher = Launcher(PLAN, client, None, "", report=Path("none"), stale={failed, running})
     launcher.look()
     assert launcher.states == {failed: "failed", running: "running"}
