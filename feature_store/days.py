@@ -28,7 +28,7 @@ def parse_day(day: str) -> date:
     return parsed
 
 
-def shift(day: str, days: int) -> str:
+def add_days(day: str, days: int) -> str:
     """The day that is `days` after `day` (before it where negative)."""
     return (parse_day(day) + timedelta(days=days)).isoformat()
 
@@ -36,7 +36,7 @@ def shift(day: str, days: int) -> str:
 def day_range(first: str, last: str) -> list[str]:
     """Every day from `first` to `last`, both included, ascending; empty where `last` is before `first`."""
     count = (parse_day(last) - parse_day(first)).days + 1
-    return [shift(first, i) for i in range(count)]
+    return [add_days(first, i) for i in range(count)]
 
 
 def start_us(day: str, utc_offset: timedelta) -> int:

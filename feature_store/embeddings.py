@@ -12,7 +12,7 @@ snapshot, as little-endian float16 in a binary of K*D*2 bytes (Delta has no half
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from feature_store.lake import Lake
     from feature_store.spec import Dataset
 
+_USERS = 65_536  # whose embeddings are widened to float32 or float64 at once
 _HALF = np.dtype("<f2")
 _CHUNK_BYTES = 1 << 30  # an Arrow binary array ends at 2 GiB
 
@@ -106,18 +107,33 @@ class UserEmbeddings:
 
         Users may repeat. Who has none gets zeros: use the mask, not the zeros.
         """
+        at = self.places(user_ids)
+        present = at >= 0
+        values = np.zeros((len(present), *self.values.shape[1:]), dtype=self.values.dtype)
+        values[present] = self.values[at[present]]
+        return values, present
+
+    def places(self, user_ids: Sequence[int] | Sequence[str] | np.ndarray | pa.Array) -> np.ndarray:
+        """(m,) int64: where in `values` the named users are; -1 for who is not."""
         wanted = (
             user_ids
             if isinstance(user_ids, pa.Array | pa.ChunkedArray)
             else pa.array(user_ids, self.ids.type)
         )
-        at = pc.index_in(wanted.cast(self.ids.type), value_set=self.ids)
+        at = pc.index_in(wanted.cast(self.ids.type), value_set=self.ids).fill_null(-1)
         if isinstance(at, pa.ChunkedArray):
             at = at.combine_chunks()
-        present = at.is_valid().to_numpy(zero_copy_only=False)
-        found = np.zeros((len(present), *self.values.shape[1:]), dtype=self.values.dtype)
-        found[present] = self.values[at.drop_null().to_numpy()]
-        return found, present
+        return at.to_numpy().astype(np.int64)
+
+    def beside(
+        self, user_ids: pa.Array, values: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Other embeddings `values` (m, K, D) of the named users beside those here, (c, K, D) each, for some
+        users after the others; who is not here is left out."""
+        at = self.places(user_ids)
+        for part in user_slices(len(at)):
+            here = at[part] >= 0
+            yield values[part][here], self.values[at[part][here]]
 
 
 def read_embeddings(
@@ -235,7 +251,6 @@ def pooled(
     Raises:
         DataError: a day before has another K or D, or is pooled already.
     """
-    total = raw.astype(_HALF).astype(np.float32)
     days = np.ones(len(raw), dtype=np.int32)
     for day in before:
         if day.kind is not EmbeddingKind.RAW:
@@ -245,10 +260,23 @@ def pooled(
                 f"embeddings of {day.model} on {day.ds} are {day.values.shape[1:]}, today's {raw.shape[1:]}: "
                 "publish a model of another shape under a name of its own"
             )
-        values, present = day.lookup(user_ids)
-        total += values.astype(np.float32)  # zeros where absent
-        days += present
-    return (total / days[:, None, None]).astype(_HALF), days
+    places = [day.places(user_ids) for day in before]
+    for at in places:
+        days += at >= 0
+    mean = np.empty(raw.shape, _HALF)
+    for part in user_slices(len(raw)):
+        total = raw[part].astype(_HALF).astype(np.float32)
+        for day, at in zip(before, places, strict=True):
+            here = at[part] >= 0
+            total[here] += day.values[at[part][here]].astype(np.float32)
+        mean[part] = total / days[part, None, None]
+    return mean, days
+
+
+def user_slices(users: int) -> Iterator[slice]:
+    """Slices of at most `_USERS` users each, so that what is computed of all takes little memory."""
+    for first in range(0, users, _USERS):
+        yield slice(first, min(first + _USERS, users))
 
 
 def published_rows(

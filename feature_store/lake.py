@@ -342,6 +342,23 @@ class Lake:
         with self._staging.open(job, {"ds": ds}) as folder:
             yield (self._uri.split("://")[0] + "://" if self._remote else "") + folder
 
+    def write_scratch(self, folder: str, name: str, rows: pa.Table) -> str:
+        """Keep `rows` in a `folder` that `scratch` gave; the Parquet file that an engine reads them from.
+
+        Times are cut to microseconds, which engines have.
+        """
+        path = f"{folder}/{name}"
+        inside = path.split("://")[-1]
+        self._fs.create_dir(inside.rsplit("/", 1)[0])
+        pq.write_table(
+            rows,
+            inside,
+            filesystem=self._fs,
+            coerce_timestamps="us",
+            allow_truncated_timestamps=True,
+        )
+        return path
+
     # ---- inside
 
     @property

@@ -22,7 +22,7 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from feature_store.columns import context_column, history_column, history_end_column
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.spec import Dataset, EventStream
 from feature_store.tables import contract
 from jobs import item_features
@@ -373,7 +373,7 @@ def run(context: JobContext) -> None:
     Raises:
         MissingPartitionError: something of the day, or of the day before, is missing.
     """
-    dataset, ds, yesterday = context.dataset, context.ds, shift(context.ds, -1)
+    dataset, ds, yesterday = context.dataset, context.ds, add_days(context.ds, -1)
     inputs: dict[str, int] = {}
     state = load_before(context, inputs)
     if any(day <= yesterday for day in context.lake.partitions("events")):

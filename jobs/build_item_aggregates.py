@@ -13,7 +13,7 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from feature_store.columns import counts_column, history_column, value_type
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.spec import Dataset, IdType
 from feature_store.tables import contract
 from feature_store.tables.item_aggregates import co_occurrence_columns
@@ -182,7 +182,7 @@ def run(context: JobContext) -> None:
         return
     inputs: dict[str, int] = {}
     events = read(context, "events", [ds], inputs)
-    earlier = item_features.load(context, shift(ds, -1), inputs)
+    earlier = item_features.load(context, add_days(ds, -1), inputs)
     state = None if dataset.co_occurrence is None else load_before(context, inputs)
     frame = transform(events, earlier, state, dataset, ds)
     publish(context, "item_aggregates", frame, inputs)

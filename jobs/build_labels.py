@@ -14,7 +14,7 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from feature_store.columns import NO_LABEL, context_column, label_column
-from feature_store.days import day_range, end_us, micros, shift
+from feature_store.days import add_days, day_range, end_us, micros
 from feature_store.spec import Dataset, EventLabel, GivenLabel, Kind, Task
 from feature_store.tables import contract
 from jobs.frames import conform, is_id, publish, read, values
@@ -27,7 +27,7 @@ def maturing(dataset: Dataset, ds: str) -> dict[str, list[Task]]:
     """The tasks whose answers become final on `ds`, by the day that they were shown on."""
     shown: dict[str, list[Task]] = {}
     for task in dataset.tasks:
-        shown.setdefault(shift(ds, -task.matures_after), []).append(task)
+        shown.setdefault(add_days(ds, -task.matures_after), []).append(task)
     return shown
 
 

@@ -19,7 +19,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from feature_store.columns import history_column
-from feature_store.days import day_range, parse_day, shift
+from feature_store.days import add_days, day_range, parse_day
 from feature_store.errors import MissingPartitionError
 from feature_store.spec import Dataset
 from feature_store.tables import contract
@@ -165,7 +165,7 @@ def load_before(context: JobContext, inputs: dict[str, int]) -> DataFrame:
     Raises:
         MissingPartitionError: as of `load_state`.
     """
-    yesterday = shift(context.ds, -1)
+    yesterday = add_days(context.ds, -1)
     state = load_state(context, yesterday, inputs)
     if state is not None:
         return state
@@ -184,7 +184,7 @@ def run(context: JobContext) -> None:
     dataset, ds = context.dataset, context.ds
     inputs: dict[str, int] = {}
     try:
-        state = load_state(context, shift(ds, -1), {} if context.full else inputs)
+        state = load_state(context, add_days(ds, -1), {} if context.full else inputs)
     except MissingPartitionError:
         if not context.full:
             raise

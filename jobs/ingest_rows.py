@@ -13,7 +13,7 @@ The columns of the contract less `ds`, and marks, whose names no spec can have:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 from pyspark.sql import Column, DataFrame
@@ -39,7 +39,7 @@ def hash_of(first: str, columns: Sequence[Column]) -> Column:
 
 
 def events(
-    frames: dict[str, DataFrame], dataset: Dataset, ds: str, *, overlapping: bool
+    frames: Mapping[str, DataFrame], dataset: Dataset, ds: str, *, overlapping: bool
 ) -> DataFrame:
     """All streams' events, typed and marked.
 

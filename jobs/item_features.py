@@ -13,7 +13,7 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from feature_store.columns import item_feature_column
-from feature_store.days import HOUR_US, shift, start_us
+from feature_store.days import HOUR_US, add_days, start_us
 from feature_store.spec import Dataset
 from jobs.frames import days_from, read
 
@@ -106,5 +106,5 @@ def load(context: JobContext, last_day: str, inputs: dict[str, int]) -> DataFram
     """
     if not any(day <= last_day for day in context.lake.partitions("events")):
         return context.lake.frame(context.spark, "item_aggregates", [last_day])
-    days = days_from(context.lake, "events", shift(context.ds, -SEEN_DAYS), last_day)
+    days = days_from(context.lake, "events", add_days(context.ds, -SEEN_DAYS), last_day)
     return read(context, "item_aggregates", days, inputs)

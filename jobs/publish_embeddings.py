@@ -11,14 +11,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from feature_store.days import day_range, end_us, micros, shift
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_store import quality
+from feature_store.days import add_days, day_range, end_us, micros
+from feature_store.embeddings import decode, published_rows, read_embeddings
 from feature_store.errors import QualityError, StalePartitionError
+from feature_store.tables import contract
 from jobs.context import JobContext, main
+from jobs.training import tracking
+from jobs.training.checkpoints import Checkpoints
+from jobs.training.ids import int64_ids
+from jobs.training.judge import moved, norms
+from jobs.training.loader import user_batches
+from jobs.training.rows import columns_of
+from jobs.training.upstream_log import experiment, run_key
+from jobs.training.whole import whole_learner
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-
     from feature_store.embeddings import UserEmbeddings
     from feature_store.lake import Lake
     from jobs.training.learner import Learner
@@ -38,11 +50,6 @@ def run(context: JobContext) -> None:
             are not.
         QualityError: an embedding is not finite, or all zeros.
     """
-    from feature_store import quality
-    from feature_store.embeddings import published_rows, read_embeddings
-    from jobs.training.checkpoints import Checkpoints
-    from jobs.training.whole import whole_learner
-
     warm = quality.warm_up()
     dataset, ds, model, lake = context.dataset, context.ds, context.require_model(), context.lake
     root = context.settings.snapshot_dir(dataset.name, model, ds).parent
@@ -57,7 +64,7 @@ def run(context: JobContext) -> None:
     learner = whole_learner(dataset, checkpoints, champion, ds=ds)
     users = UserRows.of(lake, learner.preset, ds)
     ids, raw = embed(learner, lake, ds, users)
-    before_days = [shift(ds, -i) for i in range(1, POOLED_DAYS)]
+    before_days = [add_days(ds, -i) for i in range(1, POOLED_DAYS)]
     published = {day: lineage.get("user_embeddings", day, model) for day in before_days}
     before = [
         read_embeddings(lake, model, day, "raw")
@@ -76,7 +83,7 @@ def run(context: JobContext) -> None:
         dataset, model=model, ds=ds, snapshot=champion.id, user_ids=ids, raw=raw, before=before
     )
     if notes["cosine"] is not None:
-        notes["cosine_pooled"] = pooled_cosine(rows, read_embeddings(lake, model, shift(ds, -1)))
+        notes["cosine_pooled"] = pooled_cosine(rows, read_embeddings(lake, model, add_days(ds, -1)))
     warm.join()
     lake.publish_arrow(
         "user_embeddings", ds, rows, inputs=inputs, model=model, notes=notes,
@@ -122,12 +129,6 @@ class UserRows:
 
     def batches(self, lake: Lake, preset: Preset) -> Iterator[pa.RecordBatch]:
         """The newest row of each user, once. Holds 8 bytes per user, and a batch."""
-        import numpy as np
-        import pyarrow as pa
-
-        from jobs.training.ids import int64_ids
-        from jobs.training.rows import columns_of
-
         kind = preset.kind
         columns = columns_of(
             lake.dataset, self.table, history=kind.history, user_features=kind.user_features
@@ -149,11 +150,6 @@ class UserRows:
 
 def embed(learner: Learner, lake: Lake, ds: str, users: UserRows) -> tuple[pa.Array, np.ndarray]:
     """User ids, as stored, and embeddings (n, K, D) float16, in the order of the ids."""
-    import numpy as np
-    import pyarrow as pa
-
-    from feature_store.tables import contract
-
     ids, values = [], []
     for user_ids, found in embedded(learner, ds, users.batches(lake, learner.preset)):
         with np.errstate(over="ignore"):
@@ -172,10 +168,6 @@ def embedded(
 ) -> Iterator[tuple[pa.Array, np.ndarray]]:
     """User ids, as stored, and embeddings (n, K, D) float32 at the end of `ds` less `serve_delay`, a batch
     of `users` after the other: rows of the table that the learner's preset publishes from."""
-    import pyarrow as pa
-
-    from jobs.training.loader import user_batches
-
     dataset, preset = learner.dataset, learner.preset
     cutoff = end_us(ds, dataset.utc_offset) - micros(dataset.serve_delay)
     for ids, batch in user_batches(dataset, users, limits=preset.training.inference, cutoff=cutoff):
@@ -199,25 +191,20 @@ def statistics(
     Raises:
         QualityError: an embedding is not finite in float16, or all zeros.
     """
-    import numpy as np
-    import pyarrow.compute as pc
-
-    from jobs.training.judge import drift, flat
-
-    norms = np.linalg.norm(flat(raw), axis=1)
-    bad = ~np.isfinite(norms) | (norms == 0)
+    lengths = norms(raw)
+    bad = ~np.isfinite(lengths) | (lengths == 0)
     if bad.any():
         few = [ids[int(i)].as_py() for i in np.nonzero(bad)[0][:3]]
         raise QualityError(
             f"user_embeddings of {context.model} on {context.ds}: norm has to be finite and above 0, "
-            f"{int(bad.sum())} of {len(norms)} are not (users {few}); look at the snapshot's training"
+            f"{int(bad.sum())} of {len(lengths)} are not (users {few}); look at the snapshot's training"
         )
     notes: dict[str, Any] = {
         "users": len(ids),
         "coverage": None,
-        "norm_mean": float(norms.mean()) if len(norms) else None,
-        "norm_min": float(norms.min()) if len(norms) else None,
-        "norm_max": float(norms.max()) if len(norms) else None,
+        "norm_mean": float(lengths.mean()) if len(lengths) else None,
+        "norm_min": float(lengths.min()) if len(lengths) else None,
+        "norm_max": float(lengths.max()) if len(lengths) else None,
         "common_users": 0,
         "cosine": None,
         "l2": None,
@@ -229,11 +216,10 @@ def statistics(
         if len(users):
             notes["coverage"] = pc.sum(pc.is_in(users, value_set=ids)).as_py() / len(users)
     if yesterday is not None and yesterday.values.shape[1:] == raw.shape[1:]:
-        before, present = yesterday.lookup(ids)
-        notes["common_users"] = int(present.sum())
-        if present.any():
-            moved = drift(raw[present], before[present])
-            notes |= {k: getattr(moved, k) for k in ("cosine", "l2", "l2_relative")}
+        notes["common_users"] = int((yesterday.places(ids) >= 0).sum())
+        if notes["common_users"]:
+            drift = moved(yesterday.beside(ids, raw))
+            notes |= {k: getattr(drift, k) for k in ("cosine", "l2", "l2_relative")}
     return notes
 
 
@@ -245,20 +231,13 @@ def coverage_text(notes: Mapping[str, Any]) -> str:
 
 def pooled_cosine(rows: pa.Table, yesterday: UserEmbeddings) -> float | None:
     """Mean cosine between users' pooled embeddings and those of the day before; None without any."""
-    from feature_store.embeddings import decode
-    from jobs.training.judge import drift
-
     now = decode(rows["pooled"], *yesterday.values.shape[1:])
-    before, present = yesterday.lookup(rows["user_id"].combine_chunks())
-    return drift(now[present], before[present]).cosine if present.any() else None
+    ids = rows["user_id"].combine_chunks()
+    return moved(yesterday.beside(ids, now)).cosine if (yesterday.places(ids) >= 0).any() else None
 
 
 def _log(context: JobContext, model: str, notes: dict[str, Any]) -> None:
     """Beside the training of the day, in its run."""
-    from jobs.training import tracking
-    from jobs.training.checkpoints import Checkpoints
-    from jobs.training.upstream_log import experiment, run_key
-
     dataset = context.dataset
     day = context.settings.snapshot_dir(dataset.name, model, context.ds)
     checkpoints = Checkpoints(day.parent)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.lake import Lake
 from feature_store.spec import Dataset, Task
 from jobs.context import JobContext, main
@@ -41,13 +41,13 @@ def choose_days(lake: Lake, dataset: Dataset, task: Task, ds: str) -> Days:
 
     def usable(shown: str) -> bool:
         return (
-            shift(shown, task.matures_after) in labels
+            add_days(shown, task.matures_after) in labels
             and shown in examples
-            and all(shift(shown, -1) in p and p[shift(shown, -1)].rows for p in published)
+            and all(add_days(shown, -1) in p and p[add_days(shown, -1)].rows for p in published)
         )
 
-    test = shift(ds, -task.matures_after)
-    training = [shift(test, -i) for i in range(TRAIN_DAYS, 0, -1)]
+    test = add_days(ds, -task.matures_after)
+    training = [add_days(test, -i) for i in range(TRAIN_DAYS, 0, -1)]
     return Days(
         test=test if usable(test) else None, training=tuple(d for d in training if usable(d))
     )

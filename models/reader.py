@@ -156,7 +156,7 @@ class Read(NamedTuple):
     of_pairs: Tensor
 
 
-class Reader(nn.Module):
+class HistoryReader(nn.Module):
     """One reading of a history, to logits.
 
     Args:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.spec import Dataset
 from feature_store.tables import contract
 from jobs import build_aggregates, build_examples, build_item_aggregates, build_sequences
@@ -86,7 +86,7 @@ def items_before(world: World, ds: str) -> list[Row]:
 
 def build_items_of(spark: SparkSession, world: World, ds: str) -> DataFrame:
     """The partition `ds` of `item_aggregates`, the days before it by the oracle."""
-    held = want(world, "sequences", shift(ds, -1))
+    held = want(world, "sequences", add_days(ds, -1))
     return build_item_aggregates.transform(
         frame(spark, world.events[ds], "events"),
         frame(spark, items_before(world, ds), "item_aggregates"),
@@ -105,7 +105,7 @@ def build_examples_of(
     Args:
         look_first: find out what is unusual about the day, as the job does.
     """
-    yesterday = shift(ds, -1)
+    yesterday = add_days(ds, -1)
     before = frame(spark, until(world.events, yesterday), "events")
     state = build_sequences.rebuild(before, TINY, yesterday, base=True)
     items = [*items_before(world, ds), *want(world, "item_aggregates", ds)]

@@ -22,7 +22,7 @@ import torch
 
 from feature_store import datasets
 from feature_store.content import content_hash
-from feature_store.days import day_range, shift
+from feature_store.days import add_days, day_range
 from feature_store.embeddings import EmbeddingKind, read_embeddings
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
@@ -48,7 +48,7 @@ from tests.tiny import TINY
 
 PATH = Path(__file__).with_suffix(".json")
 SIMULATED = datasets.get("simulated")
-DAYS = day_range(SIMULATED.first_day, shift(SIMULATED.first_day, 2))
+DAYS = day_range(SIMULATED.first_day, add_days(SIMULATED.first_day, 2))
 WORLD = "users=250,seed=5"
 STEPS = 10
 # every preset family; TINY has none of its own, and so takes the defaults

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from feature_store.days import HOUR_US, micros, shift
+from feature_store.days import HOUR_US, add_days, micros
 from feature_store.spec import (
     Aggregate,
     Dataset,
@@ -206,7 +206,7 @@ def first_seen(dataset: Dataset, days: ByDay, ds: str, item: Any) -> int:
     times = [
         e["available_time"]
         for day, rows in days.items()
-        if shift(ds, -SEEN_DAYS) <= day <= ds
+        if add_days(ds, -SEEN_DAYS) <= day <= ds
         for e in rows
         for stream, attribute in dataset.item_features.streams
         if e["stream"] == stream and e[attribute] == item
@@ -228,7 +228,7 @@ def together(
         for lag in declared.lags:
             columns[f"before_{lag}__{name}"] = defaultdict(Counter)
     stream = dataset.stream(declared.stream)
-    yesterday = state(dataset, days, shift(ds, -1))
+    yesterday = state(dataset, days, add_days(ds, -1))
     for user in {e["user_id"] for e in days[ds]}:
         held = yesterday.get(user, {s.name: [] for s in dataset.streams})
         new = first_deliveries(held, of_user(days[ds], user))
@@ -315,10 +315,10 @@ def user_day(
 def examples(dataset: Dataset, days: ByDay, shown: ByDay, ds: str) -> list[Row]:
     """`examples(ds)`: one row per part of a user-day, its history once and its targets."""
     kinds = [t.name for t in dataset.targets]
-    yesterday = state(dataset, days, shift(ds, -1))
+    yesterday = state(dataset, days, add_days(ds, -1))
     served = {}
-    if shift(ds, -1) in days:
-        served = {r["user_id"]: r for r in aggregates(dataset, days, shift(ds, -1))}
+    if add_days(ds, -1) in days:
+        served = {r["user_id"]: r for r in aggregates(dataset, days, add_days(ds, -1))}
     found = []
     for user in {t["user_id"] for t in shown[ds]}:
         held = yesterday.get(user, {s.name: [] for s in dataset.streams})
@@ -393,7 +393,7 @@ def labels(dataset: Dataset, days: ByDay, shown: ByDay, ds: str) -> list[Row]:
     kinds = [t.name for t in dataset.targets]
     found = []
     for task in dataset.tasks:
-        day = shift(ds, -task.matures_after)
+        day = add_days(ds, -task.matures_after)
         if day not in shown:
             continue
         by_key = {(t["user_id"], t["target"], t["target_id"]): t for t in shown[day]}

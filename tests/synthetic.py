@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 
-from feature_store.days import DAY_US, HOUR_US, day_range, end_us, parse_day, shift, start_us
+from feature_store.days import DAY_US, HOUR_US, add_days, day_range, end_us, parse_day, start_us
 from feature_store.ledger import Partition
 from feature_store.lineage import Lineage
 from feature_store.spec import (
@@ -91,7 +91,7 @@ def tables(
 ) -> dict[str, dict[str, pa.Table]]:
     """What a loader reads, and impressions, of `days` days: table -> ds -> rows."""
     rng = random.Random(seed)
-    last = shift(FIRST_DAY, days - 1)
+    last = add_days(FIRST_DAY, days - 1)
     out: dict[str, dict[str, list[dict]]] = {
         t: {d: [] for d in day_range(FIRST_DAY, last)} for t in _TABLES
     }
@@ -132,7 +132,7 @@ def _item_aggregates(spec, ds, rng, categories, ads) -> list[dict]:
 def _one_user(spec, user, rng, days, categories, ads, next_target, out) -> None:
     history: list[dict] = []
     favourite = rng.randrange(categories)
-    for ds in day_range(FIRST_DAY, shift(FIRST_DAY, days - 1)):
+    for ds in day_range(FIRST_DAY, add_days(FIRST_DAY, days - 1)):
         start = start_us(ds, spec.utc_offset)
         moments = sorted(start + rng.randrange(24) * HOUR_US for _ in range(rng.randrange(4, 14)))
         today, targets = [], []
@@ -215,7 +215,7 @@ def _cutoff(spec, ds) -> int:
 
 def _write_examples(spec, day, out) -> None:
     user, ds, history, targets = day["user"], day["ds"], day["history"], day["targets"]
-    features = _features(spec, history, _cutoff(spec, shift(ds, -1)))
+    features = _features(spec, history, _cutoff(spec, add_days(ds, -1)))
     timeline = sorted(
         [(t["as_of"], 0, i, "target", t) for i, t in enumerate(targets)]
         + [(e["available_time"], 1, _order(spec, e), "event", e) for e in day["today"]],
@@ -253,7 +253,7 @@ def _write_part(spec, user, ds, part, features, packed, shown, out) -> None:
         ]
     out["examples"][ds].append(row)
     for task in spec.tasks:
-        final = shift(ds, task.matures_after)
+        final = add_days(ds, task.matures_after)
         if final in out["labels"]:
             out["labels"][final].append(
                 {"user_id": user, "shown_ds": ds, "part": part, "task": task.name,

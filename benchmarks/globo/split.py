@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from feature_store.days import day_range, shift
+from feature_store.days import add_days, day_range
 from feature_store.errors import DataError
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
@@ -39,12 +39,12 @@ def pins(lake: Lake) -> dict[str, int]:
 def shown_on(lake: Lake, dataset: Dataset, ds: str) -> LabelledDay:
     """What was shown on `ds`, with the labels of every task that had become final by the lake's end."""
     known = lake.partitions("labels")
-    tasks = [t for t in dataset.tasks if shift(ds, t.matures_after) in known]
+    tasks = [t for t in dataset.tasks if add_days(ds, t.matures_after) in known]
     found = [
         labelled_day(
             lake,
             dataset,
-            shift(ds, after),
+            add_days(ds, after),
             tasks=[t.name for t in tasks if t.matures_after == after],
         )
         for after in sorted({t.matures_after for t in tasks})

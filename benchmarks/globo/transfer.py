@@ -51,7 +51,7 @@ from benchmarks.globo.user_sources import (
     read_of,
 )
 from feature_store import datasets
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.embeddings import EmbeddingKind
 from feature_store.errors import HeadwaterError, SpecError
 from feature_store.lake import Lake
@@ -106,7 +106,7 @@ class TaskData:
         for part in ("train", *PARTS):
             days = {
                 ds: labelled_day(
-                    lake, dataset, shift(ds, task.matures_after), tasks=[task.name], inputs=pins
+                    lake, dataset, add_days(ds, task.matures_after), tasks=[task.name], inputs=pins
                 )
                 for ds in split.days(part)
             }
@@ -200,7 +200,7 @@ class Transfer:
         self.sources: dict[str, Source] = {source.name: source for source in served}
         self.arms = [arm for arm in arms(args.models) if len(arm.sources) < 2]
         self.lags: list[table.Lag] = []
-        first = shift(split.train[0], -POOLED_DAYS)
+        first = add_days(split.train[0], -POOLED_DAYS)
         self._alone(Flag(served[0]), "context and item + whether there is a history")
         self._alone(RandomSum(lake, users, first_day=first), "context and item + untrained SUM")
         for model in args.models:
@@ -254,7 +254,7 @@ class Transfer:
     def inputs(self, task: Task) -> dict[str, int]:
         """Versions of every partition that the targets of `task` and their labels are read from."""
         counted = days_read(self.dataset, list(self.lake.partitions("item_aggregates")), self.days)
-        answered = [shift(ds, task.matures_after) for ds in self.days]
+        answered = [add_days(ds, task.matures_after) for ds in self.days]
         return {
             **self.lake.require("examples", self.days),
             **self.lake.require("labels", answered),

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from feature_store.days import HOUR_US, shift
+from feature_store.days import HOUR_US, add_days
 from feature_store.embeddings import EmbeddingKind, UserEmbeddings, pooled, read_embeddings
 from feature_store.errors import SpecError
 from feature_store.lake import Lake
@@ -105,11 +105,11 @@ class Stored(Source):
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Versions of the partitions."""
-        read = [shift(ds, -self.lag) for ds in days]
+        read = [add_days(ds, -self.lag) for ds in days]
         return self.lake.require("user_embeddings", read, self.model)
 
     def embeddings(self, ds: str) -> UserEmbeddings:
-        return self.read(self.model, shift(ds, -self.lag), self.kind)
+        return self.read(self.model, add_days(ds, -self.lag), self.kind)
 
 
 class Flag(Source):
@@ -165,7 +165,7 @@ class RandomSum(Source):
 
     def _days(self, ds: str) -> list[str]:
         """Newest first, as publishing pools them."""
-        return [shift(ds, -i) for i in range(1, 1 + POOLED_DAYS)]
+        return [add_days(ds, -i) for i in range(1, 1 + POOLED_DAYS)]
 
     @cached_property
     def _learner(self) -> Learner:
@@ -226,12 +226,12 @@ class Unrounded(Source):
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Snapshots by day, and versions of the partitions."""
-        before = [shift(ds, -1) for ds in days]
+        before = [add_days(ds, -1) for ds in days]
         rows = [UserRows.of(self.lake, self.snapshots.preset, ds).inputs for ds in before]
         return {**self.snapshots.pins(before), **{k: v for of in rows for k, v in of.items()}}
 
     def embeddings(self, ds: str) -> UserEmbeddings:
-        before = shift(ds, -1)
+        before = add_days(ds, -1)
         if ds not in self._made:
             learner = self.snapshots.learner(before)
             self._made[ds] = made(learner, self.lake, before, self.users)
@@ -258,11 +258,11 @@ class Fresh(Source):
 
     def pins(self, days: Sequence[str]) -> dict[str, Any]:
         """Snapshots by day."""
-        return self.snapshots.pins([shift(ds, -1) for ds in days])
+        return self.snapshots.pins([add_days(ds, -1) for ds in days])
 
     def of(self, ds: str, items: Sequence[Loaded]) -> list[Published]:
         """(M, K, D) each, of batches of M moments."""
-        learner = self.snapshots.learner(shift(ds, -1))
+        learner = self.snapshots.learner(add_days(ds, -1))
         return [self._published(learner, item) for item in items]
 
     @torch.no_grad()

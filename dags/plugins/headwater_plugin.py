@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from airflow.partition_mappers.base import PartitionMapper
 from airflow.plugins_manager import AirflowPlugin
 
-from feature_store.days import shift
+from feature_store.days import add_days
 
 
 class DayMapper(PartitionMapper):
@@ -29,7 +29,7 @@ class DayMapper(PartitionMapper):
 
     def to_downstream(self, key: str) -> str:
         """The day that `key` feeds; raises DataError where `key` is not a day."""
-        return shift(key, self.days)
+        return add_days(key, self.days)
 
     def serialize(self) -> dict[str, Any]:
         """The arguments."""

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from feature_store.columns import NO_LABEL, id_type, packed, required
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.faults import INCOMPLETE, OUT_OF_RANGE, Columns, Faults, Lists
 from feature_store.spec import Dataset
 from feature_store.tables.base import BEGINNING, Days, Reach, TableKind, in_any_order
@@ -41,7 +41,7 @@ class Labels(TableKind):
         return [dataset.domain, in_any_order(dataset.tasks)]
 
     def reach(self, dataset: Dataset, ds: str) -> Reach:
-        shown = frozenset(shift(ds, -t.matures_after) for t in dataset.tasks)
+        shown = frozenset(add_days(ds, -t.matures_after) for t in dataset.tasks)
         events = Days("events", BEGINNING, ds)
         return Reach(events=events, impressions=Days("impressions", only=shown))
 
@@ -51,6 +51,6 @@ class Labels(TableKind):
         faults.add(OUT_OF_RANGE, wrong, "labels")
 
     def expectations(self, dataset: Dataset, ds: str, expect: Expect) -> list[Any]:
-        shown = sorted({shift(ds, -t.matures_after) for t in dataset.tasks})
+        shown = sorted({add_days(ds, -t.matures_after) for t in dataset.tasks})
         tasks = [t.name for t in dataset.tasks]
         return [expect.names("task", tasks), expect.names("shown_ds", shown)]

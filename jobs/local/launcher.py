@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from feature_store.days import shift
+from feature_store.days import add_days
 from jobs.local.client import ACTIVE, AirflowClient, AirflowError, AirflowSilent, DagRun
 from jobs.local.plan import DONE, Pair, Plan
 from jobs.local.progress import Progress
@@ -254,7 +254,7 @@ def _ranges(days: list[str]) -> Iterator[tuple[str, str]]:
     """Consecutive days as (first, last)."""
     start = previous = ""
     for day in days:
-        if not previous or shift(previous, 1) != day:
+        if not previous or add_days(previous, 1) != day:
             if previous:
                 yield start, previous
             start = day

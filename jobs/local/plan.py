@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from feature_store.days import day_range, shift
+from feature_store.days import add_days, day_range
 from feature_store.errors import MissingPartitionError, SpecError, StalePartitionError
 from feature_store.pipeline import Stage, stages
 from feature_store.spec import Dataset
@@ -43,9 +43,9 @@ def choose_days(dataset: Dataset, first: str | None, last: str | None) -> list[s
     if not last:
         if not dataset.simulated:
             raise SpecError(
-                f"TO is missing: name the last day to build, as in TO={shift(first, 6)}"
+                f"TO is missing: name the last day to build, as in TO={add_days(first, 6)}"
             )
-        last = shift(first, SIMULATED_DAYS - 1)
+        last = add_days(first, SIMULATED_DAYS - 1)
     days = day_range(first, last)
     if not days:
         raise SpecError(f"TO is {last}: choose {first} (FROM) or a later day")
@@ -58,12 +58,12 @@ def check_history(dataset: Dataset, first: str, built: Collection[str]) -> None:
     Raises:
         MissingPartitionError: it would leave a gap, over which histories cannot be carried.
     """
-    if not built or first <= min(built) or shift(first, -1) in built:
+    if not built or first <= min(built) or add_days(first, -1) in built:
         return
     last = max(day for day in built if day < first)
     raise MissingPartitionError(
         f"FROM is {first}, but {dataset.name} is built up to {last}: its histories would have a gap; "
-        f"choose FROM={shift(last, 1)} or earlier"
+        f"choose FROM={add_days(last, 1)} or earlier"
     )
 
 
@@ -111,7 +111,7 @@ class Plan:
         producers = {asset: s.dag_id for s in self.stages for asset in s.emits}
         found = []
         for wait in stage.waits:
-            wanted = shift(day, -wait.days_before)
+            wanted = add_days(day, -wait.days_before)
             found.append((wait.asset, wanted, (producers[wait.asset], wanted)))
         return found
 

@@ -27,8 +27,9 @@ from pathlib import Path
 from feature_store import datasets
 from feature_store.days import parse_day
 from feature_store.errors import DataError
+from feature_store.lake import Lake
 from feature_store.spec import Dataset
-from jobs import failures
+from jobs import failures, spark
 from jobs.local.launcher import Launcher, instant
 from jobs.local.plan import Plan, check_current, check_history, choose_days
 from jobs.local.services import AirflowServices
@@ -99,8 +100,6 @@ def run(args: argparse.Namespace) -> int:
     settings.make_folders()
     check_history(dataset, days[0], _built(settings, dataset))
     check_current(dataset, days[0], stale_days(dataset, settings))
-
-    from jobs import spark
 
     print(f"engine: {spark.describe(settings)}", flush=True)
     print(
@@ -206,8 +205,6 @@ def parallel_tasks() -> int:
 
 
 def _built(settings: Settings, dataset: Dataset) -> set[str]:
-    from feature_store.lake import Lake
-
     return set(Lake(settings.lake_root, dataset).partitions("sequences"))
 
 

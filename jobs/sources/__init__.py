@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class SourceDay:
     """What a source gives for one day. Times are UTC int64 microseconds.
+
+    What lies in memory is an Arrow table, of any size; everything else is a frame of `spark`.
 
     Args:
         events: stream -> frame with `user_id`, `event_time`, the stream's attributes, optionally
@@ -48,8 +51,8 @@ class SourceDay:
         notes: counts to keep in the ledger beside those of the ingestion (say, lines skipped).
     """
 
-    events: dict[str, DataFrame]
-    impressions: DataFrame | None = None
+    events: Mapping[str, DataFrame | pa.Table]
+    impressions: DataFrame | pa.Table | None = None
     truth: pa.Table | None = None
     overlapping: bool = False
     notes: dict[str, int | float | str] = field(default_factory=dict)

@@ -25,7 +25,7 @@ CLICK, CONVERSION = "click", "conversion"
 
 
 def read(spark: SparkSession, source: str | None, day: str, dataset: Dataset) -> SourceDay:
-    """The day as Spark frames.
+    """The day, in memory.
 
     Raises:
         DataError: `source` describes no world.
@@ -34,8 +34,8 @@ def read(spark: SparkSession, source: str | None, day: str, dataset: Dataset) ->
     world = World.parse(PurePath(source).name if source else None)
     events, impressions, truth = tables(world, day, dataset)
     return SourceDay(
-        events={stream: spark.createDataFrame(rows) for stream, rows in events.items()},
-        impressions=spark.createDataFrame(impressions),
+        events=events,
+        impressions=impressions,
         truth=truth,
         notes={"simulated_users": world.users, "seed": world.seed},
     )

@@ -16,24 +16,23 @@ Of an item a and a value b, of the pairs in `[start of the day of as_of - window
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_store.columns import MISSING_ID, before_column, beside_column, counts_column
-from feature_store.days import DAY_US, HOUR_US, micros, shift, start_us
-from feature_store.spec import CoOccurrence, Dataset
+from feature_store.days import DAY_US, HOUR_US, add_days, micros, start_us
+from feature_store.spec import Dataset
 from jobs.training.ids import int64_ids, mix
 from models.features import ITEM, pair_number_names
 
 if TYPE_CHECKING:
     from feature_store.lake import Lake
-    from models.batch import Batch
 
 NUMBERS = 4  # together, lift, seen, share
 _SMOOTHING = 20.0  # added to n(b): of few events a share says little
@@ -157,29 +156,30 @@ class CoOccurrences:
         Returns:
             (m, NUMBERS) float32: together, lift, seen, share.
         """
-        index, hours = self._asked(column, as_of)
         of = np.arange(len(items)) if of is None else of
-        return index.numbers(items, values, hours, of)
+        return self._index(column).numbers(items, values, self.hours(as_of), of)
 
     def after(
-        self, column: str, items: np.ndarray, as_of: np.ndarray, values: np.ndarray, of: np.ndarray
+        self, column: str, items: np.ndarray, as_of: np.ndarray, values: np.ndarray
     ) -> np.ndarray:
-        """(m,) float32: log(1 + n(b, a)), how often the value, an item too, came after the target's."""
-        index, hours = self._asked(column, as_of)
-        first, end = hours
-        both = index.pairs.between(_pair(values, items[of]), first[of], end[of])
-        both[(items[of] == MISSING_ID) | (values == MISSING_ID)] = 0
+        """(T,) float32: log(1 + n(b, a)), how often the value, an item too, came after the target's."""
+        both = self._index(column).pairs.between(_pair(values, items), *self.hours(as_of))
+        both[(items == MISSING_ID) | (values == MISSING_ID)] = 0
         return np.log1p(both).astype(np.float32)
 
-    def _asked(self, column: str, as_of: np.ndarray) -> tuple[_Index, np.ndarray]:
-        """The column's index, and (2, T) the hours from which and up to which targets look."""
+    def hours(self, as_of: np.ndarray) -> np.ndarray:
+        """(2, T) int64: the hours from which and up to which targets look, counted from the first that is
+        read."""
         pairs = self.dataset.co_occurrence
         assert pairs is not None
-        if column not in self._indices:
-            self._indices[column] = self._load(column)
         day = as_of - (as_of + micros(self.dataset.utc_offset)) % DAY_US
         moments = np.stack([day - pairs.window_days * DAY_US, as_of])
-        return self._indices[column], np.maximum(moments // HOUR_US - self._first_hour, 0)
+        return np.maximum(moments // HOUR_US - self._first_hour, 0)
+
+    def _index(self, column: str) -> _Index:
+        if column not in self._indices:
+            self._indices[column] = self._load(column)
+        return self._indices[column]
 
     def _load(self, column: str) -> _Index:
         names = ["item_id", "hour", column, counts_column(column)]
@@ -210,51 +210,91 @@ def days_read(dataset: Dataset, known: Sequence[str], shown: Sequence[str]) -> l
     pairs = dataset.co_occurrence
     if pairs is None or not shown:
         return []
-    first = shift(min(shown), -pairs.window_days)
+    first = add_days(min(shown), -pairs.window_days)
     return [day for day in sorted(known) if first <= day <= max(shown)]
 
 
-def with_co_occurrence(dataset: Dataset, batch: Batch, together: CoOccurrences | None) -> Batch:
-    """The batch with its targets' co-occurrence behind their item features, and its pairs' numbers.
+class Known(NamedTuple):
+    """What is known of T targets and their P pairs with the events that they see, in their order.
 
-    Beside, per attribute: together and lift. Pairs: as `models.features.pair_number_names` names them.
+    beside (T, 2 B) float32, of each of B attributes together and lift; numbers (P, C) float32, as
+    `models.features.pair_number_names` names them.
+    """
+
+    beside: np.ndarray
+    numbers: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """T targets with the events that each of them sees.
 
     Args:
-        batch: with `item_features` of the table alone.
-        together: None counts nothing.
+        items, as_of: (T,) int64, ids (strings hashed) and microseconds.
+        contexts: by context feature, (T,) int64 ids.
+        first, end: (T,) int64: each sees the events `first` up to, not with, `first + end`.
+        events: by attribute, (N,) int64 ids.
     """
-    import torch
 
+    items: np.ndarray
+    as_of: np.ndarray
+    contexts: Mapping[str, np.ndarray]
+    first: np.ndarray
+    end: np.ndarray
+    events: Mapping[str, np.ndarray]
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) int64 each: the target of every pair, and its event; by target, then event."""
+        of = np.repeat(np.arange(len(self.end)), self.end)
+        start = np.cumsum(self.end) - self.end
+        return of, np.arange(len(of)) + (self.first - start)[of]
+
+
+def known_of(dataset: Dataset, seen: Seen, together: CoOccurrences | None) -> Known:
+    """What is known of the targets and their pairs; zeros where `together` is None.
+
+    Users who look at the same items in the same hour share most of their pairs: each pair of an hour is
+    looked up once.
+    """
     declared = dataset.co_occurrence
-    beside = np.zeros((batch.targets, 2 * len(declared.beside) if declared else 0), np.float32)
-    pairs = int(batch.history_end.sum())
-    numbers = np.zeros((pairs, len(pair_number_names(dataset))), np.float32)
-    if declared is not None and together is not None:
-        items, as_of = batch.item_id.numpy(), batch.as_of.numpy()
-        for i, name in enumerate(declared.beside):
-            values = batch.context_ids[name].numpy()
-            found = together.numbers(beside_column(name), items, as_of, values)
-            beside[:, 2 * i : 2 * i + 2] = found[:, :2]
-        if numbers.size:  # a model without histories does not need the largest of the indices
-            numbers = _before(dataset, declared, together, batch)
-    features = torch.cat([batch.item_features, torch.from_numpy(beside)], dim=1)
-    return replace(batch, item_features=features, pair_numbers=torch.from_numpy(numbers))
-
-
-def _before(
-    dataset: Dataset, declared: CoOccurrence, together: CoOccurrences, batch: Batch
-) -> np.ndarray:
-    """(P, C) float32: what is known of the batch's targets and each event that they see."""
-    from models.history import target_pairs
-
-    pairs = target_pairs(batch)
-    items, as_of, of = batch.item_id.numpy(), batch.as_of.numpy(), pairs.query.numpy()
-    found = []
+    beside = np.zeros((len(seen.items), 2 * len(declared.beside) if declared else 0), np.float32)
+    numbers = np.zeros((int(seen.end.sum()), len(pair_number_names(dataset))), np.float32)
+    if declared is None or together is None:
+        return Known(beside, numbers)
+    for i, name in enumerate(declared.beside):
+        of_pairs = together.numbers(
+            beside_column(name), seen.items, seen.as_of, seen.contexts[name]
+        )
+        beside[:, 2 * i : 2 * i + 2] = of_pairs[:, :2]
+    if not numbers.size:  # a model without histories does not need the largest of the indices
+        return Known(beside, numbers)
+    of, event = seen.pairs()
+    items, (first, end) = seen.items[of], together.hours(seen.as_of)[:, of]
+    filled = 0
     for name in declared.before:
-        values = batch.event_ids[name][pairs.event].numpy()
-        for lags in declared.lags:
-            found.append(together.numbers(before_column(name, lags), items, as_of, values, of))
+        values = seen.events[name][event]
+        keys = _with_hour(_pair(items, values), end)
+        one, place = _distinct(keys, items, values, first, end)
+        pairs = seen.items[of[one]], seen.as_of[of[one]], values[one]
+        columns = [together.numbers(before_column(name, lags), *pairs) for lags in declared.lags]
         if dataset.stream(declared.stream).attribute(name).vocabulary == ITEM:
             column = before_column(name, max(declared.lags))
-            found.append(together.after(column, items, as_of, values, of)[:, None])
-    return np.concatenate(found, axis=1)
+            columns.append(together.after(column, *pairs)[:, None])
+        width = sum(c.shape[1] for c in columns)
+        numbers[:, filled : filled + width] = np.concatenate(columns, axis=1)[place]
+        filled += width
+    return Known(beside, numbers)
+
+
+def _distinct(keys: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of which no two are equal in all `columns`, and for each row (m,) the place among them of its
+    equal. `keys` (m,) brings equal rows together; where it errs some rows are chosen twice."""
+    order = np.argsort(keys)
+    new = np.zeros(len(keys), bool)
+    new[:1] = True
+    for column in columns:
+        ordered = column[order]
+        new[1:] |= ordered[1:] != ordered[:-1]
+    place = np.empty(len(keys), np.int64)
+    place[order] = np.cumsum(new) - 1
+    return order[new], place

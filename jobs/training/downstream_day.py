@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from feature_store.columns import id_type
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.embeddings import read_embeddings
 from feature_store.spec import Dataset, Task
 from jobs.context import JobContext
@@ -129,7 +129,9 @@ class DownstreamDay:
         """Of about `most` targets, in batches of `batch`. Held-out users are tested and never trained on."""
         lake, dataset = self.context.lake, self.context.dataset
         labelled = [
-            labelled_day(lake, dataset, shift(day, self.task.matures_after), tasks=[self.task.name])
+            labelled_day(
+                lake, dataset, add_days(day, self.task.matures_after), tasks=[self.task.name]
+            )
             for day in shown
         ]
         share, limits = share_within(labelled, self.task.name, most), Limits(max_targets=batch)
@@ -139,7 +141,7 @@ class DownstreamDay:
         snapshots: dict[str, dict[str, str]] = {model: {} for model in dataset.models}
         for day, of_day in zip(shown, labelled, strict=True):
             inputs |= of_day.inputs
-            before, embeddings = shift(day, -1), {}
+            before, embeddings = add_days(day, -1), {}
             for model in dataset.models:
                 read = embeddings[model] = read_embeddings(lake, model, before, kind)
                 inputs[f"user_embeddings/{model}/{before}"] = read.version or 0

@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from feature_store.embeddings import user_slices
 from feature_store.spec import Dataset
 from jobs.text import interval
 from jobs.training.config import GateConfig
@@ -91,28 +92,49 @@ def drift(candidate: np.ndarray, champion: np.ndarray | None) -> Drift:
     Args:
         candidate, champion: (R, K, D) float, rows aligned.
     """
-    ours = flat(candidate)
-    norms = np.linalg.norm(ours, axis=1)
-    alone = Drift(
-        users=len(ours),
-        finite=bool(np.isfinite(ours).all()),
-        norm=metrics.finite_or_none(norms.mean()) if len(ours) else None,
+    if champion is not None and len(candidate) and champion.shape == candidate.shape:
+        return moved((candidate[part], champion[part]) for part in user_slices(len(candidate)))
+    lengths = norms(candidate)
+    return Drift(
+        users=len(lengths),
+        finite=bool(np.isfinite(lengths).all()),
+        norm=metrics.finite_or_none(lengths.mean()) if len(lengths) else None,
         cosine=None,
         l2=None,
         l2_relative=None,
     )
-    if champion is None or not len(ours) or champion.shape != candidate.shape:
-        return alone
-    theirs = flat(champion)
-    others = np.linalg.norm(theirs, axis=1)
-    distance = np.linalg.norm(ours - theirs, axis=1)
-    cosine = (ours * theirs).sum(1) / np.maximum(norms * others, 1e-12)
-    return replace(
-        alone,
+
+
+def moved(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Drift:
+    """The drift of at least one user, given some users after the others.
+
+    Args:
+        parts: embeddings now and before, (c, K, D) floats each, rows aligned.
+    """
+    rows = []
+    for now, before in parts:
+        ours, theirs = flat(now), flat(before)
+        ours_norm, theirs_norm = np.linalg.norm(ours, axis=1), np.linalg.norm(theirs, axis=1)
+        cosine = (ours * theirs).sum(1) / np.maximum(ours_norm * theirs_norm, 1e-12)
+        distance = np.linalg.norm(ours - theirs, axis=1)
+        rows.append(np.stack([ours_norm, theirs_norm, distance, cosine]))
+    lengths, others, distance, cosine = np.concatenate(rows, axis=1)
+    return Drift(
+        users=len(lengths),
+        finite=bool(np.isfinite(lengths).all()),
+        norm=metrics.finite_or_none(lengths.mean()),
         cosine=metrics.finite_or_none(cosine.mean()),
         l2=metrics.finite_or_none(distance.mean()),
         l2_relative=metrics.finite_or_none(distance.mean() / max(others.mean(), 1e-12)),
     )
+
+
+def norms(embeddings: np.ndarray) -> np.ndarray:
+    """(R,) float64: the L2 norm of each user's K*D values."""
+    lengths = np.empty(len(embeddings))
+    for part in user_slices(len(embeddings)):
+        lengths[part] = np.linalg.norm(flat(embeddings[part]), axis=1)
+    return lengths
 
 
 def flat(embeddings: np.ndarray) -> np.ndarray:

@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.ledger import pin
 from feature_store.spec import Dataset
 from jobs.training.co_occurrence import CoOccurrences, days_read
 from jobs.training.ids import held_out, in_share, int64_ids, mix
 from jobs.training.labels import Labels
-from jobs.training.rows import Rows, columns_of, decode
+from jobs.training.rows import Rows, columns_of, unpacked_rows
 
 if TYPE_CHECKING:
     from feature_store.lake import Lake
@@ -143,8 +143,8 @@ def labelled_day(
         used[key] = found[key]
         columns = ["user_id", "shown_ds", "part", "task", "labels"]
         table = lake.read("labels", days=[final], columns=columns, version=used[key])
-        for day in sorted({shift(final, -dataset.task(n).matures_after) for n in names}):
-            mine = [n for n in names if shift(final, -dataset.task(n).matures_after) == day]
+        for day in sorted({add_days(final, -dataset.task(n).matures_after) for n in names}):
+            mine = [n for n in names if add_days(final, -dataset.task(n).matures_after) == day]
             rows = table.filter(pc.equal(table["shown_ds"], day))
             labels = Labels(dataset, rows, tasks=mine)
             if not labels.tasks:  # before the first day, or a day without targets
@@ -293,7 +293,7 @@ def _decoded(
     order = np.lexsort((part, day, ids, key))
     table = table.take(pa.array(order))
     # every day's counts are in each of them, and what a target may see of them follows from its as_of
-    rows = replace(decode(dataset, table), together=shown[0].together)
+    rows = replace(unpacked_rows(dataset, table), together=shown[0].together)
     labels = rows.labels
     day, ids, part = day[order], ids[order], part[order]
     lengths = np.diff(rows.target_offsets)
@@ -304,7 +304,7 @@ def _decoded(
         offsets = np.zeros(int(mine.sum()) + 1, np.int64)
         np.cumsum(lengths[mine], out=offsets[1:])
         labels[np.repeat(mine, lengths)] = s.labels.of_rows(ids[mine], part[mine], offsets)
-    return rows.asked()
+    return rows.labelled()
 
 
 def cuts(rows: Rows, limits: Limits) -> list[tuple[int, int]]:
@@ -341,6 +341,6 @@ def user_batches(
     for batch in batches:
         if batch.num_rows == 0:
             continue
-        rows = decode(dataset, pa.Table.from_batches([batch]), cutoff=cutoff)
+        rows = unpacked_rows(dataset, pa.Table.from_batches([batch]), cutoff=cutoff)
         for lo, hi in cuts(rows, limits):
             yield batch.column("user_id").slice(lo, hi - lo), rows.batch(lo, hi)

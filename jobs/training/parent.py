@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from feature_store.days import day_range, shift
+from feature_store.days import add_days, day_range
 from feature_store.errors import MissingPartitionError, StalePartitionError
 from feature_store.tables import definition
 
@@ -50,4 +50,4 @@ def untrained(lake: Lake, parent: Snapshot | None, ds: str) -> list[str]:
     if parent is None:
         return []
     known = lake.partitions("labels")
-    return [day for day in day_range(shift(parent.ds, 1), shift(ds, -1)) if day in known]
+    return [day for day in day_range(add_days(parent.ds, 1), add_days(ds, -1)) if day in known]

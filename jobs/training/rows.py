@@ -7,11 +7,12 @@ Works on `examples` (history, user features and targets), `aggregates` (user fea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from feature_store.columns import (
     MISSING_ID,
@@ -28,11 +29,11 @@ from feature_store.columns import (
 from feature_store.errors import DataError
 from feature_store.spec import Attribute, Dataset, Kind
 from feature_store.tables import contract
-from jobs.training.co_occurrence import CoOccurrences, with_co_occurrence
+from jobs.training.co_occurrence import CoOccurrences, Known, Seen, known_of
 from jobs.training.ids import int64_ids
+from models.batch import Batch, Sparse
 
-if TYPE_CHECKING:
-    from models.batch import Batch
+_PAIRS = 1_000_000  # of a target and an event that are looked up at once
 
 Column = Callable[[str], pa.Array]
 Jagged = tuple[np.ndarray, np.ndarray]  # values, offsets (R+1,) int64 from 0
@@ -92,7 +93,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.user_id)
 
-    def asked(self) -> Rows:
+    def labelled(self) -> Rows:
         """Without the targets that no task here asks about: a day's tasks mature on different days."""
         keep = (self.labels != NO_LABEL).any(axis=1)
         if keep.all():
@@ -108,9 +109,6 @@ class Rows:
 
     def batch(self, lo: int, hi: int) -> Batch:
         """Rows `lo` to `hi`."""
-        import torch
-
-        from models.batch import Batch, Sparse
 
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array))
@@ -129,7 +127,8 @@ class Rows:
                 tensor(offsets[lo : hi + 1] - s0),
                 None if scores is None else tensor(scores[s0:s1]),
             )
-        batch = Batch(
+        known = self.known(lo, hi)
+        return Batch(
             user_id=tensor(self.user_id[lo:hi]),
             row_of_target=tensor(np.repeat(np.arange(hi - lo), counts)),
             target_offsets=tensor(self.target_offsets[lo : hi + 1] - t0),
@@ -146,22 +145,72 @@ class Rows:
             item_id=targets["item_id"],
             context_ids=_group(targets, "ids/"),
             context_floats=_group(targets, "floats/"),
-            item_features=targets["item_features"],
-            pair_numbers=torch.zeros(0, 0),
+            item_features=torch.cat([targets["item_features"], tensor(known.beside)], dim=1),
+            pair_numbers=tensor(known.numbers),
             has_aggregates=users["has_aggregates"],
             user_ids=_group(users, "ids/"),
             sparse=sparse,
             dense=users["dense"],
             labels=tensor(self.labels[t0:t1]),
         )
-        return with_co_occurrence(self.dataset, batch, self.together)
+
+    def known(self, lo: int, hi: int) -> Known:
+        """What is known of co-occurrence at the targets of rows `lo` to `hi`, and of their pairs.
+
+        It is looked up for some `_PAIRS` pairs at a time: of batches that come in order, for many at once.
+        """
+        window = self._window
+        if not window.lo <= lo <= hi <= window.hi:
+            before = np.concatenate([[0], np.cumsum(self.targets["history_end"])])
+            of_rows = before[self.target_offsets]
+            last = int(np.searchsorted(of_rows, of_rows[lo] + _PAIRS, "right")) - 1
+            window.look_up(self, lo, max(hi, min(last, len(self))))
+        return window.of(self, lo, hi)
+
+    @cached_property
+    def _window(self) -> _Window:
+        return _Window()
+
+
+@dataclass
+class _Window:
+    """What is known of the targets of the rows `lo` to `hi`."""
+
+    lo: int = 0
+    hi: int = -1
+    pairs: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # before each target
+    known: Known | None = None
+
+    def look_up(self, rows: Rows, lo: int, hi: int) -> None:
+        """Fill it anew."""
+        t0, t1 = rows.target_offsets[lo], rows.target_offsets[hi]
+        starts = np.repeat(rows.event_offsets[lo:hi], np.diff(rows.target_offsets[lo : hi + 1]))
+        targets = {name: values[t0:t1] for name, values in rows.targets.items()}
+        seen = Seen(
+            items=targets["item_id"],
+            as_of=targets["as_of"],
+            contexts=_group(targets, "ids/"),
+            first=starts,
+            end=targets["history_end"],
+            events=_group(rows.events, "ids/"),
+        )
+        self.lo, self.hi = lo, hi
+        self.pairs = np.concatenate([[0], np.cumsum(seen.end)])
+        self.known = known_of(rows.dataset, seen, rows.together)
+
+    def of(self, rows: Rows, lo: int, hi: int) -> Known:
+        """Of the rows `lo` to `hi`, which lie in it."""
+        assert self.known is not None
+        t0, t1 = rows.target_offsets[[lo, hi]] - rows.target_offsets[self.lo]
+        p0, p1 = self.pairs[t0], self.pairs[t1]
+        return Known(self.known.beside[t0:t1], self.known.numbers[p0:p1])
 
 
 def _group(tensors: dict, prefix: str) -> dict:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def decode(
+def unpacked_rows(
     dataset: Dataset,
     table: pa.Table,
     *,

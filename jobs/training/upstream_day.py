@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from feature_store.columns import id_type
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.errors import QualityError
 from feature_store.spec import Dataset
 from feature_store.tables import definition
@@ -162,7 +162,7 @@ class UpstreamDay:
         evaluation: dict[str, Evaluation] = {}
         parts, without = [], {}
         for shown in self.day.today:
-            live = self.checkpoints.newest_champion(shift(shown.ds, -1))
+            live = self.checkpoints.newest_champion(add_days(shown.ds, -1))
             if live is None:  # shown before the first model
                 continue
             try:

@@ -28,7 +28,7 @@ from models.features import FeaturePlan
 from models.history import target_pairs
 from models.outputs import Outputs
 from models.publishing import UserHead
-from models.reader import HistoryNumbers, Read, Reader, newest_events
+from models.reader import HistoryNumbers, HistoryReader, Read, newest_events
 from models.tables import TableConfig, Tables
 from models.towers import MixConfig, MixTower, TargetEncoder, of_targets
 from models.upstream import ModelKind
@@ -117,7 +117,7 @@ class Sequence(nn.Module):
         known += blocks(self.target.tokens, dim) + newest
         known += () if user_side is None else user_side.inputs
         self.readers = nn.ModuleList(
-            Reader(
+            HistoryReader(
                 plan,
                 config,
                 target=self.target,

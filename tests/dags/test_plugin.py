@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.errors import DataError
 
 
@@ -19,7 +19,7 @@ from feature_store.errors import DataError
 def test_the_day_before_feeds_the_day(day: str) -> None:
     from headwater_plugin import DayMapper
 
-    assert DayMapper(1).to_downstream(shift(day, -1)) == day
+    assert DayMapper(1).to_downstream(add_days(day, -1)) == day
 
 
 @pytest.mark.parametrize(

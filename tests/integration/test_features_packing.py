@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 
-from feature_store.days import HOUR_US, shift, start_us
+from feature_store.days import HOUR_US, add_days, start_us
 from jobs import build_examples, build_sequences
 from jobs.build_examples import Unusual
 from tests import oracle_tables
@@ -26,7 +26,7 @@ def test_examples_are_those_of_the_oracle(spark, world):
 @given(world=worlds())
 def test_every_target_sees_the_newest_of_all_events_before_it(spark, world):
     """Against a join per target that knows nothing of parts, states or packing."""
-    state = oracle_tables.state(TINY, typed(world.events), shift(DS, -1))
+    state = oracle_tables.state(TINY, typed(world.events), add_days(DS, -1))
     shown = {t["target_id"]: t for t in world.impressions[DS]}
     for row in build_examples_of(spark, world, DS):
         user = row["user_id"]

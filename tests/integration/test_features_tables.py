@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 
-from feature_store.days import HOUR_US, end_us, shift, start_us
+from feature_store.days import HOUR_US, add_days, end_us, start_us
 from feature_store.tables.aggregates import event_days
 from jobs import build_aggregates, build_labels, build_sequences
 from jobs.frames import newest
@@ -87,7 +87,7 @@ def _labels(spark, world: World, examples: dict[str, list[Row]], ds: str) -> lis
 @given(world=worlds())
 def test_labels_are_those_of_the_oracle(spark, world):
     ds = DAYS[3]
-    examples = {d: want(world, "examples", d) for d in (shift(ds, -1), ds)}
+    examples = {d: want(world, "examples", d) for d in (add_days(ds, -1), ds)}
     assert_same(_labels(spark, world, examples, ds), want(world, "labels", ds), "labels")
 
 

@@ -17,7 +17,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
 from feature_store.datasets import get
-from feature_store.days import HOUR_US, shift, start_us
+from feature_store.days import HOUR_US, add_days, start_us
 from feature_store.tables import contract
 from jobs import build_aggregates, build_examples, build_item_aggregates, build_sequences, ingest
 from jobs.frames import conform, newest
@@ -160,7 +160,7 @@ def test_nothing_before_a_moment_moves_when_what_comes_after_it_does(
     spark_of: Callable[[str], SparkSession], tmp_path: Path
 ) -> None:
     spark = spark_of("sail")
-    yesterday = shift(DAY, -1)
+    yesterday = add_days(DAY, -1)
     files_of = (tmp_path / f"{i}.parquet" for i in count())
 
     def frame(table: pa.Table) -> DataFrame:  # through a file: a message to the engine is too small

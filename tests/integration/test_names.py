@@ -11,7 +11,7 @@ import pytest
 from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from feature_store.days import day_range, shift
+from feature_store.days import add_days, day_range
 from feature_store.embeddings import read_embeddings
 from feature_store.lake import Lake
 from feature_store.spec import Dataset
@@ -230,7 +230,7 @@ def test_what_is_trained_published_and_compared_is_the_same_under_any_names(
 ) -> None:
     dataset = synthetic.dataset()
     other = under(dataset, _TRAINED)
-    days = day_range(synthetic.FIRST_DAY, shift(synthetic.FIRST_DAY, 2))
+    days = day_range(synthetic.FIRST_DAY, add_days(synthetic.FIRST_DAY, 2))
     rows = synthetic.tables(dataset, days=len(days), users=15)
 
     def renamed(name: str, table: pa.Table) -> pa.Table:

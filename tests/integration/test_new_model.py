@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from feature_store import presets
-from feature_store.days import day_range, shift
+from feature_store.days import add_days, day_range
 from feature_store.embeddings import read_embeddings
 from feature_store.lake import Lake
 from jobs import publish_embeddings, train_downstream, train_upstream
@@ -50,7 +50,7 @@ KIND = ModelKind(config=Config, module=Attributes, history=False, user_features=
                  user_table="aggregates")
 """
 PRESET = '[upstream.who]\narchitecture = "attributes"\nshape.tables.dim = 4\ntraining.limits.max_targets = 64\n'
-DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 2))
+DAYS = day_range(FIRST_DAY, add_days(FIRST_DAY, 2))
 
 
 @pytest.mark.filterwarnings("ignore")

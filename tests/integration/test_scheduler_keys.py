@@ -15,7 +15,7 @@ import pytest
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from feature_store import datasets
-from feature_store.days import shift
+from feature_store.days import add_days
 from jobs.local.client import AirflowClient
 from jobs.local.launcher import Launcher
 from jobs.local.plan import DONE, FAILED, Plan
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_at_once_and_what_waited_in_it_is_forgotten(
     hang.write_text(f"features {DAYS[0]}")
     services.start_scheduler(client, whole.dag_ids)
     client.trigger(ingest, DAYS[0])
-    client.post_event("simulated.sequences", shift(DAYS[0], -1))
+    client.post_event("simulated.sequences", add_days(DAYS[0], -1))
     client.post_event("simulated.events", DAYS[2])
     wait = Retrying(
         retry=retry_if_result(operator.not_), wait=wait_fixed(0.2), stop=stop_after_delay(120)

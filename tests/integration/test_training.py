@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_store.days import day_range, shift
+from feature_store.days import add_days, day_range
 from feature_store.embeddings import EmbeddingKind, read_embeddings
 from feature_store.errors import DataError, StalePartitionError
 from feature_store.lake import Lake
@@ -33,7 +33,7 @@ from jobs.training.upstream_day import UpstreamDay
 from jobs.training.whole import whole_learner
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
-DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 4))
+DAYS = day_range(FIRST_DAY, add_days(FIRST_DAY, 4))
 MODELS = ("sum", "sequence")
 SPEC = dataset()
 
@@ -98,9 +98,9 @@ def test_labels_are_judged_by_the_snapshot_that_was_live_when_they_were_shown(
     for ds in DAYS[2:]:
         found = _result(settings, model, ds)["evaluation"]
         for task in SPEC.tasks:
-            shown = shift(ds, -task.matures_after)
+            shown = add_days(ds, -task.matures_after)
             assert found[task.name]["shown_ds"] == shown
-            assert found[task.name]["snapshot"] == checkpoints.champion(shift(shown, -1)).id
+            assert found[task.name]["snapshot"] == checkpoints.champion(add_days(shown, -1)).id
         written = pq.read_table(checkpoints.day(ds) / "evaluation.parquet").to_pylist()
         want = {
             (t, task.name, label)

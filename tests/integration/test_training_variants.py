@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from feature_store.days import day_range, shift
+from feature_store.days import add_days, day_range
 from feature_store.embeddings import read_embeddings
 from feature_store.lake import Lake
 from jobs import publish_embeddings, train_upstream
@@ -25,7 +25,7 @@ from jobs.training.upstream_day import UpstreamDay
 from jobs.training.whole import whole_learner
 from tests.synthetic import FIRST_DAY, dataset, publish, tables
 
-DAYS = day_range(FIRST_DAY, shift(FIRST_DAY, 2))
+DAYS = day_range(FIRST_DAY, add_days(FIRST_DAY, 2))
 SPEC = replace(dataset(), models=("sum", "hybrid"))
 RUN = ("sum", "hybrid")
 

@@ -16,7 +16,7 @@ from benchmarks.globo.lightgbm_peer import trial
 from benchmarks.globo.results import Predictions, Store, by_seed, difference, interval_text
 from benchmarks.globo.split import Split, base_rates, rows_of, shown_on
 from feature_store.columns import NO_LABEL
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.errors import DataError, SpecError
 from models.features import feature_plan
 from models.metrics import calibration, logloss, normalized_entropy
@@ -24,7 +24,7 @@ from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 
-DAYS = [shift(FIRST_DAY, i) for i in range(7)]
+DAYS = [add_days(FIRST_DAY, i) for i in range(7)]
 SPEC = dataset()
 SPLIT = Split(train=(DAYS[1], DAYS[3]), validation=(DAYS[4], DAYS[4]), test=(DAYS[5], DAYS[6]))
 

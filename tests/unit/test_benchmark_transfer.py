@@ -29,7 +29,7 @@ from benchmarks.globo.user_sources import (
     moments,
     read_of,
 )
-from feature_store.days import HOUR_US, shift
+from feature_store.days import HOUR_US, add_days
 from feature_store.embeddings import EmbeddingKind, published_rows
 from feature_store.errors import DataError, HeadwaterError, MissingPartitionError, SpecError
 from jobs.publish_embeddings import UserRows, embedded
@@ -47,7 +47,7 @@ from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 
-DAYS = [shift(FIRST_DAY, i) for i in range(8)]
+DAYS = [add_days(FIRST_DAY, i) for i in range(8)]
 SPEC = dataset()
 SPLIT = Split(train=(DAYS[3], DAYS[4]), validation=(DAYS[5], DAYS[5]), test=(DAYS[6], DAYS[6]))
 BUDGET = DownstreamTraining(batch_targets=64)

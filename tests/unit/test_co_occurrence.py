@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
-from feature_store.days import DAY_US, HOUR_US, shift, start_us
+from feature_store.days import DAY_US, HOUR_US, add_days, start_us
 from feature_store.errors import SpecError
 from feature_store.spec import IdType
 from feature_store.tables import contract
-from jobs.training.co_occurrence import CoOccurrences, days_read
-from jobs.training.loader import Limits, Users, labelled_batches, labelled_day
+from jobs.training import rows as decoding
+from jobs.training.co_occurrence import CoOccurrences, Seen, days_read, known_of
+from jobs.training.loader import (
+    Limits,
+    Users,
+    cuts,
+    labelled_batches,
+    labelled_day,
+    labelled_rows,
+)
 from models.features import feature_plan
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 
-DAYS = [shift(FIRST_DAY, i) for i in range(6)]
+DAYS = [add_days(FIRST_DAY, i) for i in range(6)]
 SPEC = dataset()
 
 
@@ -133,6 +143,48 @@ def test_batches_carry_the_numbers_of_their_targets_and_pairs():
         if of_pairs > 60:  # each is counted by going through the whole table
             break
     assert of_pairs
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 10**6])
+def test_however_many_pairs_are_looked_up_at_once_a_batch_is_the_same(monkeypatch, pairs):
+    lake = _lake(days=4)
+    day = labelled_day(lake, SPEC, DAYS[3])
+    (decoded,) = labelled_rows(lake, SPEC, day.shown, users=Users.ALL)
+    ranges = cuts(decoded, Limits(max_targets=5))
+    wanted = [replace(decoded).batch(lo, hi) for lo, hi in ranges]  # each looks up anew
+    monkeypatch.setattr(decoding, "_PAIRS", pairs)
+    (again,) = labelled_rows(lake, SPEC, day.shown, users=Users.ALL)
+    for place in [*range(len(ranges)), *reversed(range(len(ranges)))]:
+        batch = again.batch(*ranges[place])
+        assert torch.equal(batch.pair_numbers, wanted[place].pair_numbers)
+        np.testing.assert_array_equal(batch.item_features, wanted[place].item_features)
+
+
+def test_pairs_of_two_local_days_in_one_hour_are_two():
+    """Where days begin at half past, an hour of UTC has targets of two days, which look back less far."""
+    shifted = replace(SPEC, utc_offset=timedelta(hours=5, minutes=30))
+    lake = MemoryLake(shifted, tables(shifted, days=6, users=8, seed=0))
+    known = CoOccurrences(lake, shifted, dict.fromkeys(DAYS, 1))
+    midnight = start_us(DAYS[5], shifted.utc_offset)
+    window = known.hours(np.array([midnight - 1, midnight]))
+    assert window[0, 0] < window[0, 1] and window[1, 0] == window[1, 1]
+    items = np.arange(24)
+    seen = Seen(
+        items=np.repeat(items, 2),
+        as_of=np.tile([midnight - 1, midnight], 24),
+        contexts={"category": np.zeros(48, np.int64)},
+        first=np.zeros(48, np.int64),
+        end=np.full(48, 24),
+        events={"ad": items, "category": items},
+    )
+    numbers = known_of(shifted, seen, known).numbers.reshape(24, 2, 24, -1)
+    for item in range(24):
+        for day in range(2):
+            one = np.full(24, item), np.full(24, midnight - 1 + day), items
+            np.testing.assert_array_equal(
+                numbers[item, day, :, :4], known.numbers("before_1__ad", *one)
+            )
+    assert (numbers[:, 0] != numbers[:, 1]).any()
 
 
 @pytest.mark.parametrize(

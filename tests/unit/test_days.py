@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from feature_store.days import (
     DAY_US,
+    add_days,
     day_of,
     day_range,
     end_us,
     micros,
     parse_day,
-    shift,
     start_us,
 )
 from feature_store.errors import DataError
@@ -32,8 +32,8 @@ def test_what_is_not_a_day_is_refused_with_the_remedy(day: object) -> None:
 
 
 def test_days_go_over_months_and_leap_days() -> None:
-    assert shift("2024-02-28", 1) == "2024-02-29"
-    assert shift("2024-03-01", -1) == "2024-02-29"
+    assert add_days("2024-02-28", 1) == "2024-02-29"
+    assert add_days("2024-03-01", -1) == "2024-02-29"
     assert day_range("2023-12-31", "2024-01-02") == ["2023-12-31", "2024-01-01", "2024-01-02"]
     assert day_range("2024-01-02", "2024-01-01") == []
 
@@ -50,5 +50,5 @@ def test_a_day_holds_its_first_and_last_instant_and_no_other(day: str, offset: t
     assert after - first == DAY_US
     assert day_of(first, offset) == day
     assert day_of(after - 1, offset) == day
-    assert day_of(after, offset) == shift(day, 1)
-    assert day_of(first - 1, offset) == shift(day, -1)
+    assert day_of(after, offset) == add_days(day, 1)
+    assert day_of(first - 1, offset) == add_days(day, -1)

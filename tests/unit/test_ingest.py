@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -411,6 +412,11 @@ def test_simulated_rows_are_typed_the_same_by_both_engines(
 ) -> None:
     dataset = datasets.get("simulated")
     day = sources.get("simulated").read(spark, "/anywhere/users=40,seed=5", "2024-03-05", dataset)
+    day = replace(
+        day,
+        events={name: spark.createDataFrame(rows) for name, rows in day.events.items()},
+        impressions=spark.createDataFrame(day.impressions),
+    )
     frames = ingest.transform(day, dataset, "2024-03-05")
     counts = ingest.summary(frames).collect()
     assert ingest.find_problem(counts, dataset, "2024-03-05") is None
@@ -423,3 +429,30 @@ def test_simulated_rows_are_typed_the_same_by_both_engines(
 
 
 _ROWS: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
+
+
+def test_tables_in_memory_are_read_as_frames_are(run: Callable, spark: SparkSession) -> None:
+    views, visits, shown = [view(), view(user_id="v")], [visit()], [offer()]
+    tables = {"views": pa.Table.from_pylist(views), "visits": pa.Table.from_pylist(visits)}
+
+    def published(day: SourceDay) -> list[pa.Table]:
+        lake = run(day).lake
+        found = [lake.read(table, days=[DAY]) for table in ("events", "impressions")]
+        return [rows.sort_by([("user_id", "ascending")]) for rows in found]
+
+    memory = published(SourceDay(events=tables, impressions=pa.Table.from_pylist(shown)))
+    assert [rows.num_rows for rows in memory] == [3, 1]
+    for rows, wanted in zip(memory, published(source(spark, views, visits, shown)), strict=True):
+        assert rows.equals(wanted)
+
+
+def test_a_table_beyond_what_a_client_takes_at_once_is_read(
+    run: Callable, spark: SparkSession
+) -> None:
+    context = run(source(spark))
+    letters = pa.table({"user_id": ["x" * 100_000] * 1500})  # gRPC refuses more than 128 MiB
+    with context.lake.scratch("test", DAY) as folder:
+        framed = ingest._framed(context, folder, SourceDay(events={"letters": letters}))
+        frame = framed.events["letters"]
+        assert frame.select(F.sum(F.length("user_id"))).collect()[0][0] == 150_000_000
+    assert not Path(folder).exists()

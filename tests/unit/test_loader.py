@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_store.columns import NO_LABEL
-from feature_store.days import shift
+from feature_store.days import add_days
 from feature_store.errors import DataError
 from feature_store.spec import IdType
 from jobs.training.ids import held_out, int64_ids, mix
@@ -24,7 +24,7 @@ from jobs.training.loader import (
 )
 from tests.synthetic import FIRST_DAY, MemoryLake, dataset, tables
 
-SECOND_DAY = shift(FIRST_DAY, 1)
+SECOND_DAY = add_days(FIRST_DAY, 1)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from feature_store.days import DAY_US, HOUR_US, day_of, shift, start_us
+from feature_store.days import DAY_US, HOUR_US, add_days, day_of, start_us
 from models.axes import blocks, length
 from models.batch import Batch
 from models.clock import gap_bucket, phases
@@ -114,7 +114,7 @@ def test_the_served_prefix_is_what_the_nightly_job_had(batch: Batch) -> None:
         assert int(at[row]) == cutoff
         mine = slice(int(batch.event_offsets[row]), int(batch.event_offsets[row + 1]))
         assert int(end[row]) == int((batch.event_available[mine] < cutoff).sum())
-        assert day_of(cutoff, TINY.utc_offset) == shift(ds, -1)
+        assert day_of(cutoff, TINY.utc_offset) == add_days(ds, -1)
 
 
 def test_bags_equal_a_loop(batch: Batch) -> None:

@@ -119,7 +119,7 @@ def _known_pairs(world: World, counted: list[Row], moments: np.ndarray) -> list[
         grid = np.meshgrid(np.arange(1, 7), ids, moments)
         items, values, at = (axis.ravel() for axis in grid)
         found.append(known.numbers(column, items, at, values).tobytes())
-        found.append(known.after(column, items, at, values, np.arange(len(items))).tobytes())
+        found.append(known.after(column, items, at, values).tobytes())
     return found
 
 

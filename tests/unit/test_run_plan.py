@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_store import datasets
-from feature_store.days import day_range, shift
+from feature_store.days import add_days, day_range
 from feature_store.errors import MissingPartitionError, SpecError
 from jobs.local.plan import DONE, FAILED, Pair, Plan, check_history, choose_days
 
@@ -38,7 +38,7 @@ class Scheduler:
             for wait in stage.waits:
                 if wait.asset != asset:
                     continue
-                pair = (stage.dag_id, shift(day, wait.days_before))
+                pair = (stage.dag_id, add_days(day, wait.days_before))
                 have = self.waits.setdefault(pair, set())
                 have.add(asset)
                 if have == {w.asset for w in stage.waits}:

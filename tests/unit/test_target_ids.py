@@ -19,7 +19,7 @@ from feature_store.spec_parts import MAX_FLOAT32
 from feature_store.tables import contract
 from jobs import build_aggregates, build_examples, build_labels
 from jobs.training.loader import Limits, cuts
-from jobs.training.rows import decode
+from jobs.training.rows import unpacked_rows
 from jobs.training.scoring import concat, labelled_predictions
 from jobs.training.upstream_day import write_evaluation
 from tests import synthetic
@@ -98,7 +98,7 @@ def test_predictions_carry_the_ids_of_the_source(tmp_path: Path) -> None:
     count = sum(map(len, ids.to_pylist()))
     labels = np.full((count, 2), NO_LABEL, np.int32)
     labels[::2, 0] = 1
-    rows = decode(spec, table, labels=labels).asked()
+    rows = unpacked_rows(spec, table, labels=labels).labelled()
     scored = [
         labelled_predictions(spec, rows, lo, hi, batch, np.full((batch.targets, 2), 0.5))
         for lo, hi in cuts(rows, Limits(max_targets=3))

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from feature_store.days import SECOND_US, parse_day, shift
+from feature_store.days import SECOND_US, add_days, parse_day
 from feature_store.errors import DataError
 
 COLUMNS = (
@@ -188,7 +188,7 @@ def _clicks_by_day(times_ms: np.ndarray, utc_offset: timedelta) -> dict[str, int
     # a session whose final click comes just before midnight ends, and is scored, on the next day
     for ends in np.unique((local_ms + SESSION_END_US // 1000) // day_ms):
         by_day.setdefault(int(ends), 0)
-    return {shift("1970-01-01", d): n for d, n in sorted(by_day.items())}
+    return {add_days("1970-01-01", d): n for d, n in sorted(by_day.items())}
 
 
 def files_of_day(files: list[HourFile], day: str, folder: Path) -> list[HourFile]:
