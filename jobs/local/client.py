@@ -6,7 +6,7 @@ The client that Airflow generates from its API would be a dependency for these; 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -74,9 +74,14 @@ _RETRYING = Retrying(
 
 
 class AirflowClient:
-    """A client of the api-server at `url` (no token: services are on loopback, for one person)."""
+    """A client of the api-server at `url` (no token: services are on loopback, for one person).
 
-    def __init__(self, url: str) -> None:
+    Args:
+        explain: raises what lies under a server that does not answer, where that is known.
+    """
+
+    def __init__(self, url: str, explain: Callable[[], None] = lambda: None) -> None:
+        self._explain = explain
         self._http = httpx.Client(base_url=url, timeout=60)
 
     def close(self) -> None:
@@ -88,11 +93,12 @@ class AirflowClient:
 
         Raises:
             AirflowError: with the API's own words.
-            AirflowSilent: no answer, or none that makes sense.
+            AirflowSilent: no answer, or none that makes sense, and nothing explains it.
         """
         try:
             return _RETRYING(self._answer, method, f"{api}{path}", **kwargs)
         except (httpx.TransportError, _Busy) as error:
+            self._explain()
             raise AirflowSilent(
                 f"Airflow did not answer {method} {path} {_TRIES} times, the last time by "
                 f"{type(error).__name__.removeprefix('_')}: {error}: see airflow/services/ in "
@@ -259,6 +265,11 @@ class AirflowClient:
         tasks = self.request("GET", f"{path}/taskInstances")["task_instances"]
         failed = any(t["state"] in ("failed", "upstream_failed") for t in tasks)
         self.request("POST", f"{path}/clear", json={"dry_run": False, "only_failed": failed})
+
+    def end(self, run: DagRun) -> None:
+        """End an active run, as failed."""
+        path = f"/dags/{run.dag_id}/dagRuns/{run.run_id}"
+        self.request("PATCH", path, json={"state": "failed"})
 
     def clear_interrupted(self, run: DagRun) -> None:
         """Have tasks that nobody runs any more, as their scheduler is dead, run again; no retry is used up.

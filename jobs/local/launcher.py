@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from feature_store.days import add_days
-from jobs.local.client import ACTIVE, AirflowClient, AirflowError, AirflowSilent, DagRun
+from jobs.local.client import ACTIVE, AirflowClient, AirflowError, DagRun
 from jobs.local.plan import DONE, Pair, Plan
 from jobs.local.progress import Progress
 from jobs.local.services import AirflowServices
@@ -57,7 +57,7 @@ class Launcher:
         self.backwards = backwards
         self.runs: dict[Pair, DagRun] = {}
         self.done_before: set[Pair] = set()  # stale ones
-        self.days: dict[tuple[str, str], str] = {}  # (DAG, run) -> day
+        self.days: dict[tuple[str, str], str] = {}  # (DAG, run) -> day, of runs that count
         self.told: set[tuple[str, str | None]] = set()
 
     @property
@@ -84,16 +84,21 @@ class Launcher:
                 progress.say(f"{pair[1]}  {pair[0]}  failed before: its failed tasks run again")
                 self.client.restart(self.runs[pair])
             if not self.plan.over(self.states) or self.plan.failed(self.states):
+                self.end_those_before()
                 self.services.start_scheduler(self.client, self.plan.dag_ids)
                 self.begin()
                 self.look()
                 self.wait(progress)
             return self.summary(progress)
-        except AirflowSilent:
-            self.services.check()  # a service that ended says why
-            raise
         finally:
             progress.close()
+
+    def end_those_before(self) -> None:
+        """End runs that were going on when all days began to be built again: they would hand on a day of
+        before."""
+        for run in self.client.runs(self.plan.dag_ids, states=ACTIVE):
+            if run.day in self.plan.days and run.created < self.since:
+                self.client.end(run)
 
     def begin(self) -> None:
         """Start what nothing else starts: backfills, pairs with all they wait for, and announcements."""
@@ -123,11 +128,11 @@ class Launcher:
             found += self.client.runs(self.plan.dag_ids, ended_since=ended_since)
         changed = False
         for run in found:
-            self.days[run.dag_id, run.run_id] = run.day
             pair = (run.dag_id, run.day)
             if run.day not in self.plan.days or run.created < self.since:
                 continue
-            if pair in self.stale and run.state == DONE and run.created < self.begun:
+            self.days[run.dag_id, run.run_id] = run.day
+            if pair in self.stale and run.state == DONE and (run.ended or "") < self.begun:
                 self.done_before.add(pair)
                 continue
             known = self.runs.get(pair)
@@ -171,7 +176,7 @@ class Launcher:
         tasks += self.client.tasks(self.plan.dag_ids, ended_since=datetime.now(UTC) - RECENT)
         for task in tasks:
             day = self.days.get((task.dag_id, task.run_id))
-            if day in self.plan.days:
+            if day is not None:
                 progress.task(day, task)
 
     def _reports(self) -> set[Pair]:

@@ -139,7 +139,7 @@ class AirflowServices:
         self._started = datetime.now(UTC)
         self._spawn("api-server", "api-server")
         self._spawn("dag-processor", "dag-processor")
-        client = AirflowClient(self.url)
+        client = AirflowClient(self.url, self._explain_silence)
         self._until(client.healthy, "the api-server does not answer", "api-server")
         client.warm_up_execution()  # tasks that meet it cold fail without having run
         self._write_state(url=self.url)
@@ -306,15 +306,20 @@ class AirflowServices:
                 f"{problem} after {START_SECONDS} s: see {self._log_path(name)}"
             ) from None
 
-    def _check_ground(self, name: str, said: str = "") -> None:
-        """Raise what lies under the end of a service, as far as its log or `said` shows it.
+    def _explain_silence(self) -> None:
+        self.check()  # a service that ended says why
+        self._check_ground("api-server")
+
+    def _check_ground(self, name: str) -> None:
+        """Raise what lies under the end or the silence of a service, as far as its log shows it.
 
         Raises:
             OSError: the disk is full.
             ServiceError: the database is locked or damaged.
         """
+        said = ""
         with contextlib.suppress(OSError):  # a full disk may have left no log
-            said += self._log_path(name).read_text(errors="replace")[-20_000:]
+            said = self._log_path(name).read_text(errors="replace")[-200_000:]
         if failures.is_full(self.home) or failures.FULL_DISK.search(said):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.home))
         if failures.DAMAGED_SQLITE.search(said):

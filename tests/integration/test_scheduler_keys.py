@@ -17,7 +17,7 @@ from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 from feature_store import datasets
 from feature_store.days import add_days
 from jobs.local.client import AirflowClient
-from jobs.local.launcher import Launcher
+from jobs.local.launcher import Launcher, instant
 from jobs.local.plan import DONE, FAILED, Plan
 from jobs.local.run import DEVICES_POOL
 from jobs.local.services import AirflowServices
@@ -154,3 +154,18 @@ def test_a_killed_run_goes_on_at_once_and_what_waited_in_it_is_forgotten(
     ]
     assert task["try_number"] == 2 and task["max_tries"] == 1 + RETRIES
     assert seconds < 120, "the next scheduler does not wait for the one before it"
+
+
+def test_a_run_of_before_does_not_hand_its_day_to_one_that_is_built_again(
+    launch: Callable[[], AirflowServices], tmp_path: Path
+) -> None:
+    plan, services = Plan(DATASET, DAYS[:1]), launch()
+    client = started(services, plan)
+    features = plan.dag_ids[1]
+    client.trigger(features, DAYS[0])  # as a killed run left it
+    (before,) = client.runs([features])
+    assert Launcher(plan, client, services, instant(), report=tmp_path / "none").run()
+    (ended,) = (run for run in client.runs([features]) if run.run_id == before.run_id)
+    assert ended.state == FAILED
+    trace = (tmp_path / "trace").read_text().splitlines()
+    assert [line for line in trace if line.startswith("features ")] == [f"features {DAYS[0]}"]

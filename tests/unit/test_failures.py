@@ -12,17 +12,20 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+import tenacity.nap
 import torch
 from mlflow.exceptions import MlflowException
 
 from feature_store.errors import DataError, TransientError
 from jobs import failures
 from jobs.failures import FAILED, USER_ERROR
+from jobs.local.client import AirflowClient
 from jobs.local.services import AirflowServices, ServiceError
 from jobs.settings import Settings
 from jobs.training import tracking
@@ -257,3 +260,18 @@ def test_a_damaged_airflow_database_is_named_when_airflow_starts(tmp_path: Path)
             services.start_api()
     finally:
         services.stop()
+
+
+def test_a_server_that_is_silent_as_its_database_is_locked_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda _: None)
+    services = AirflowServices(home=tmp_path)
+    log = tmp_path / "services" / "api-server.log"
+    log.parent.mkdir()
+    log.write_text("(sqlite3.OperationalError) database is locked")
+    refuses = httpx.MockTransport(lambda _: httpx.Response(500, text="Database error"))
+    client = AirflowClient("http://airflow", services._explain_silence)
+    client._http = httpx.Client(base_url="http://airflow", transport=refuses)
+    with pytest.raises(ServiceError, match=r"airflow\.db is locked: end what holds it"):
+        client.request("GET", "/dags")

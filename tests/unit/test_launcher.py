@@ -24,10 +24,12 @@ class Client:
         return self.known
 
 
-def run(pair: Pair, *, state: str = DONE, created: str = LONG_AGO, number: int = 0) -> DagRun:
+def run(
+    pair: Pair, *, state: str = DONE, created: str = LONG_AGO, ended: str = "", number: int = 0
+) -> DagRun:
     return DagRun(
         dag_id=pair[0], run_id=f"{pair}/{number}", day=pair[1], state=state, created=created,
-        ended=created, seconds=1.0,
+        ended=ended or created, seconds=1.0,
     )  # fmt: skip
 
 
@@ -49,3 +51,13 @@ def test_a_stale_pair_that_failed_or_runs_already_is_not_started_beside_it() -> 
     launcher = Launcher(PLAN, client, None, "", report=Path("none"), stale={failed, running})
     launcher.look()
     assert launcher.states == {failed: "failed", running: "running"}
+
+
+def test_a_run_that_a_kill_interrupted_counts_when_it_ends() -> None:
+    interrupted = (FEATURES, PLAN.days[0])
+    client = Client(run(interrupted, state="running"))
+    launcher = Launcher(PLAN, client, None, "", report=Path("none"), stale={interrupted})
+    launcher.look()
+    client.known = [run(interrupted, ended="2999-01-01T00:00:00Z")]
+    launcher.look()
+    assert launcher.states == {interrupted: DONE}
