@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from feature_store.spec import Dataset
 
-# One process builds a day's features, one job after the other.
+# What one process runs, one job after the other: of a day's features; of a model, a day.
 FEATURE_JOBS = (
     "build_sequences",
     "build_aggregates",
@@ -26,6 +26,8 @@ FEATURE_JOBS = (
     "build_examples",
     "build_labels",
 )
+MODEL_JOBS = ("train_upstream", "publish_embeddings")
+JOBS = ("ingest", *FEATURE_JOBS, *MODEL_JOBS, "train_downstream", "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ def stages(dataset: Dataset) -> tuple[Stage, ...]:
         steps=tuple(
             Step(
                 name=f"train_{model}",
-                jobs=("train_upstream", "publish_embeddings"),
+                jobs=MODEL_JOBS,
                 model=model,
                 hours=24,
                 on_device=True,

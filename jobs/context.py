@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from feature_store import damage, datasets
 from feature_store.days import parse_day
 from feature_store.errors import DataError, SpecError
-from feature_store.pipeline import FEATURE_JOBS
+from feature_store.pipeline import JOBS
 from feature_store.spec import Dataset, Task
 from feature_store.tables import KINDS, feature_tables
 from jobs import failures, spark
@@ -38,15 +38,6 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from feature_store.lake import Lake
-
-JOBS = (
-    "ingest",
-    *FEATURE_JOBS,
-    "train_upstream",
-    "publish_embeddings",
-    "train_downstream",
-    "report",
-)
 
 
 @cache

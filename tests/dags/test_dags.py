@@ -133,7 +133,7 @@ def test_assets_are_emitted_when_everything_that_they_promise_is_done(bag: Any, 
 
 @pytest.mark.parametrize("name", datasets.names())
 def test_tasks_run_jobs_about_the_day_of_the_key(bag: Any, name: str) -> None:
-    from jobs.context import JOBS
+    from feature_store.pipeline import JOBS
 
     ran = []
     for dag in bag.dags.values():
