@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -103,15 +104,16 @@ def test_whatever_the_client_was_doing_the_end_of_its_engine_ends_it(
 ) -> None:
     def job(context: JobContext) -> None:
         frame = context.spark.range(10**8)
-        rows = iter(frame.toLocalIterator())
-        next(rows)
-        kill(settings)
-        if call == "read":
-            list(rows)
-        elif call == "analyse":
-            print(frame.selectExpr("id + 1").schema)
-        else:
-            frame.limit(1).collect()
+        # closed here: the collector may close it while the client holds the lock that this takes
+        with closing(frame.toLocalIterator()) as rows:
+            next(rows)
+            kill(settings)
+            if call == "read":
+                list(rows)
+            elif call == "analyse":
+                print(frame.selectExpr("id + 1").schema)
+            else:
+                frame.limit(1).collect()
 
     assert run(job, monkeypatch) == 1
     said = capsys.readouterr().err

@@ -11,9 +11,9 @@ from feature_store import datasets
 from feature_store.columns import missing_value
 from feature_store.errors import SpecError
 from feature_store.ledger import LEDGER
+from feature_store.pipeline import JOBS
 from feature_store.spec import IdType
 from feature_store.tables import KINDS, contract, contracts
-from jobs.context import JOBS
 from tests.synthetic import dataset
 
 SPECS = [dataset(), dataset(user_id_type=IdType.STRING), *map(datasets.get, datasets.names())]
