@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from jobs.context import JobContext, main
 from jobs.text import number
+from jobs.training import presets
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.loader import labelled_day
 from jobs.training.parent import parent_of, untrained
-from jobs.training.presets import preset
 from jobs.training.results import UpstreamResult
 from jobs.training.upstream_day import UpstreamDay
 from jobs.training.upstream_log import log_day
@@ -32,7 +32,7 @@ def run(context: JobContext) -> None:
         QualityError: the first candidate diverged, and there is no champion that could stay.
     """
     model, dataset, ds = context.require_model(), context.dataset, context.ds
-    chosen = preset(dataset, model)
+    chosen = presets.preset(dataset, model)
     root = context.settings.snapshot_dir(dataset.name, model, ds).parent
     parent = parent_of(context.lake, Checkpoints(root), ds)
     missed = untrained(context.lake, parent, ds)
