@@ -275,6 +275,8 @@ class AirflowClient:
         """Have tasks that nobody runs any more, as their scheduler is dead, run again; no retry is used up.
 
         Airflow clears a running task by asking its worker to end it: failed first, it is cleared at once.
+        A run whose every task succeeded has succeeded, though its scheduler did not live to say so: its
+        assets were told to waits of before, and are announced again only where it is done.
         """
         path = f"/dags/{run.dag_id}/dagRuns/{run.run_id}"
         states = {
@@ -284,6 +286,8 @@ class AirflowClient:
         for task, state in states.items():
             if state in _IN_A_WORKER:
                 self.request("PATCH", f"{path}/taskInstances/{task}", json={"new_state": "failed"})
+        if states and set(states.values()) == {"success"}:
+            self.request("PATCH", path, json={"state": "success"})
         if any(state in (*_IN_A_WORKER, "failed") for state in states.values()):
             self.restart(run)
 

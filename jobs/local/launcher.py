@@ -69,6 +69,8 @@ class Launcher:
         """Whether every pair is done in the end. Failures are told when they are seen."""
         progress = Progress(self.plan)
         try:
+            self.end_those_before()
+            self.services.clear_up(self.client, self.plan.dag_ids)
             self.look()
             self.told_of = self._reports()
             done = sum(s == DONE for s in self.states.values())
@@ -84,7 +86,6 @@ class Launcher:
                 progress.say(f"{pair[1]}  {pair[0]}  failed before: its failed tasks run again")
                 self.client.restart(self.runs[pair])
             if not self.plan.over(self.states) or self.plan.failed(self.states):
-                self.end_those_before()
                 self.services.start_scheduler(self.client, self.plan.dag_ids)
                 self.begin()
                 self.look()

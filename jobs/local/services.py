@@ -164,11 +164,19 @@ class AirflowServices:
 
         self._until(ready, f"DAGs {', '.join(sorted(wanted))} are not parsed", "dag-processor")
 
-    def start_scheduler(self, client: AirflowClient, dag_ids: Iterable[str]) -> None:
-        """Start what starts tasks, once what dead services left in runs of `dag_ids` is cleared up.
+    def clear_up(self, client: AirflowClient, dag_ids: Iterable[str]) -> None:
+        """Clear up what a dead scheduler left in runs of `dag_ids`; nothing to do where one runs.
 
         An interrupted task is cleared: it runs again at once and no retry is used up. (To notice by
         itself the scheduler would need a short timeout, and then take a busy machine for a dead one.)
+        """
+        if "scheduler" not in self._processes:
+            for run in client.runs(list(dag_ids), states=ACTIVE):
+                client.clear_interrupted(run)
+
+    def start_scheduler(self, client: AirflowClient, dag_ids: Iterable[str]) -> None:
+        """Start what starts tasks, after `clear_up`; nothing to do where it runs.
+
         What waited for its second input under another launch is dropped by the scheduler itself, see
         `DayMapper`; who starts runs waits for that, and announces again what is done.
 
@@ -178,8 +186,6 @@ class AirflowServices:
         if "scheduler" in self._processes:
             return
         ids = list(dag_ids)
-        for run in client.runs(ids, states=ACTIVE):
-            client.clear_interrupted(run)
         # It would serve task logs on every interface; the api-server reads them from the folder.
         self._spawn("scheduler", "scheduler", "--skip-serve-logs")
         self._until(

@@ -92,6 +92,7 @@ def _airflow(services: AirflowServices) -> None:
     plans = [Plan(datasets.get(name), ()) for name in datasets.names()]
     dag_ids = [dag_id for plan in plans for dag_id in plan.dag_ids]
     services.wait_parsed(client, dag_ids)
+    services.clear_up(client, dag_ids)
     services.start_scheduler(client, dag_ids)
     client.close()
 

@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from feature_store import datasets
 from feature_store.days import add_days
-from jobs.local.client import AirflowClient
+from jobs.local.client import ACTIVE, AirflowClient
 from jobs.local.launcher import Launcher, instant
 from jobs.local.plan import DONE, FAILED, Plan
 from jobs.local.run import DEVICES_POOL
@@ -169,3 +169,20 @@ def test_a_run_of_before_does_not_hand_its_day_to_one_that_is_built_again(
     assert ended.state == FAILED
     trace = (tmp_path / "trace").read_text().splitlines()
     assert [line for line in trace if line.startswith("features ")] == [f"features {DAYS[0]}"]
+
+
+def test_a_run_whose_last_task_was_done_when_the_scheduler_was_killed_is_followed_by_what_waits_for_it(
+    launch: Callable[[], AirflowServices], tmp_path: Path
+) -> None:
+    plan, services = Plan(DATASET, DAYS[:1]), launch()
+    client = started(services, plan)
+    ingest = plan.dag_ids[0]
+    client.trigger(ingest, DAYS[0])
+    (left,) = client.runs([ingest])
+    task = f"/dags/{ingest}/dagRuns/{left.run_id}/taskInstances/ingest"
+    client.request("PATCH", task, json={"new_state": "success"})  # its asset went to another launch
+    (left,) = client.runs([ingest])
+    assert left.state in ACTIVE
+    launcher = Launcher(plan, client, services, "", report=tmp_path / "none", stale=set(plan.pairs))
+    assert launcher.run()
+    assert not [s for s in (tmp_path / "trace").read_text().splitlines() if s.startswith("ingest ")]
