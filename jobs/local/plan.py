@@ -1,5 +1,8 @@
 """What a run has to do: which (stage, day) pairs, what starts them, and which of them cannot come.
 
+Airflow's asset conditions say what follows a run that ends; they cannot say which days are missing, which
+input has to be announced for a run to go on, or that nothing more will come.
+
 Pure: states in, decisions out. A pair is (DAG id, day); its state is that of its newest run.
 
 | newest run | at the start of a run |

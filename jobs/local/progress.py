@@ -1,4 +1,7 @@
-"""What a person sees while the scheduler works: a table on a terminal, lines anywhere else."""
+"""What a person sees while the scheduler works: a table on a terminal, lines anywhere else.
+
+Airflow shows runs on its pages; a terminal gets the log lines of its services.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,9 @@ asset-driven DAGs follow, and stops everything at the end. Stopped at any point,
 same command goes on where it was: days that are done stay done, failed tasks run again, and what was
 made from a source that was replaced, or under a spec that has changed, is made again. `--again` builds
 every day again.
+
+Airflow starts neither the engine nor a range of days over several DAGs, and ends when somebody stops it;
+one command from raw logs to a report is what this adds.
 """
 
 from __future__ import annotations
@@ -175,7 +178,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def services_for(
-    settings: Settings, dataset: Dataset | None, source: Path | None, *, again: bool = False
+    settings: Settings,
+    dataset: Dataset | None,
+    source: Path | None,
+    *,
+    again: bool = False,
+    keep_waits: bool = False,
 ) -> AirflowServices:
     """Airflow's services for one dataset's DAGs (None: every dataset's), with what tasks need to know."""
     environment = {"HEADWATER_HOME": str(settings.home), "HEADWATER_SCHEDULED": "0"}
@@ -184,7 +192,10 @@ def services_for(
     if source is not None:
         environment["HEADWATER_SOURCE"] = str(source)
     return AirflowServices(
-        home=settings.airflow_home, environment=environment, parallelism=parallel_tasks()
+        home=settings.airflow_home,
+        environment=environment,
+        parallelism=parallel_tasks(),
+        keep_waits=keep_waits,
     )
 
 

@@ -58,6 +58,8 @@ class AirflowServices:
         plugins: folder of plugins.
         environment: what tasks see besides the process's own environment.
         parallelism: tasks at once.
+        keep_waits: what waits for a second input since a launch before goes on waiting; who does not announce
+            again what is done has to leave it so.
     """
 
     home: Path
@@ -65,6 +67,7 @@ class AirflowServices:
     plugins: Path = REPOSITORY / "dags" / "plugins"
     environment: Mapping[str, str] = field(default_factory=dict)
     parallelism: int = 4
+    keep_waits: bool = False
     port: int = 0
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _lock: FileLock | None = None
@@ -188,6 +191,8 @@ class AirflowServices:
         ids = list(dag_ids)
         # It would serve task logs on every interface; the api-server reads them from the folder.
         self._spawn("scheduler", "scheduler", "--skip-serve-logs")
+        if self.keep_waits:
+            return
         self._until(
             lambda: not client.waits(ids, until=self._started),
             "what waited under another launch is not dropped",
@@ -279,10 +284,16 @@ class AirflowServices:
             "SPT_NOENV": "1",  # a process that sets its title would overwrite its environment, and the mark
             "PYTHONPATH": path,
             "TMPDIR": str(scratch),
-            "HEADWATER_LAUNCH": secrets.token_hex(8),
+            "HEADWATER_LAUNCH": self._launch(),
             "HEADWATER_WARM": str(self.home / "warm.sock"),
             **self.environment,
         }
+
+    def _launch(self) -> str:
+        path = self.home / "launch"
+        if not (self.keep_waits and path.exists()):
+            path.write_text(secrets.token_hex(8))
+        return path.read_text()
 
     def _spawn(self, name: str, *arguments: str) -> None:
         self._processes[name] = self._popen(name, "-m", "airflow", *arguments)

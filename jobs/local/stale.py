@@ -1,4 +1,7 @@
-"""Which stages of which days are no longer what the sources and the spec would give."""
+"""Which stages of which days are no longer what the sources and the spec would give.
+
+Airflow remembers that a run succeeded, not what it read: a source that was replaced changes no run.
+"""
 
 from __future__ import annotations
 

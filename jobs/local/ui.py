@@ -1,7 +1,8 @@
 """`make ui`: Airflow, MLflow and what runs left behind, served on loopback until Ctrl-C.
 
 Airflow comes with its scheduler, so that a task cleared in its pages runs. Where `make run` is
-going on, its Airflow is shown and the rest is served beside it.
+going on, its Airflow is shown and the rest is served beside it. Airflow serves only its own pages: MLflow's
+server and the reports are started here, so that one command shows them all and ends them.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def serve(settings: Settings) -> None:
         print(f"Reports and Data Docs  http://127.0.0.1:{files.server_port}/", flush=True)
         if mlflow is not None:
             print(f"MLflow                 {mlflow[1]} (a few seconds)", flush=True)
-        services = services_for(settings, None, settings.source)
+        services = services_for(settings, None, settings.source, keep_waits=True)
         try:
             services.acquire()
         except ServiceError:

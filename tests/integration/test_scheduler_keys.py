@@ -55,7 +55,7 @@ for stage in stages(get("simulated")):
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[[], AirflowServices]]:
+def launch(tmp_path: Path) -> Iterator[Callable[..., AirflowServices]]:
     """A function that starts Airflow's services anew in the same folder."""
     dags = tmp_path / "dags"
     dags.mkdir()
@@ -63,12 +63,13 @@ def launch(tmp_path: Path) -> Iterator[Callable[[], AirflowServices]]:
     (dags / "traced.py").write_text(DAG_FILE.replace("CODE =", constants + "CODE =", 1))
     made: list[AirflowServices] = []
 
-    def start() -> AirflowServices:
+    def start(*, keep_waits: bool = False) -> AirflowServices:
         services = AirflowServices(
             home=tmp_path / "airflow",
             dags=dags,
             environment={"HEADWATER_SCHEDULED": "0"},
             parallelism=2,
+            keep_waits=keep_waits,
         )
         services.acquire()
         made.append(services)
@@ -88,7 +89,7 @@ def started(services: AirflowServices, plan: Plan) -> AirflowClient:
 
 
 def test_days_delivered_backwards_run_in_order_and_a_failed_day_goes_on_when_mended(
-    launch: Callable[[], AirflowServices], tmp_path: Path
+    launch: Callable[..., AirflowServices], tmp_path: Path
 ) -> None:
     plan, services = Plan(DATASET, DAYS), launch()
     client = started(services, plan)
@@ -117,7 +118,7 @@ def test_days_delivered_backwards_run_in_order_and_a_failed_day_goes_on_when_men
 
 
 def test_a_killed_run_goes_on_at_once_and_what_waited_in_it_is_forgotten(
-    launch: Callable[[], AirflowServices], tmp_path: Path
+    launch: Callable[..., AirflowServices], tmp_path: Path
 ) -> None:
     """A task is killed with its scheduler, while the last day's events wait for the sequences before them."""
     whole, plan = Plan(DATASET, DAYS), Plan(DATASET, DAYS[:2])
@@ -138,6 +139,13 @@ def test_a_killed_run_goes_on_at_once_and_what_waited_in_it_is_forgotten(
     services.stop()
     hang.unlink()
 
+    services = launch(keep_waits=True)
+    client = started(services, whole)
+    services.start_scheduler(client, [])
+    time.sleep(3)
+    assert client.waits([features], until=datetime.now(UTC)) == 1, "pages alone drop nothing"
+    services.stop()
+
     services = launch()
     client = started(services, whole)
     begun = time.monotonic()
@@ -157,7 +165,7 @@ def test_a_killed_run_goes_on_at_once_and_what_waited_in_it_is_forgotten(
 
 
 def test_a_run_of_before_does_not_hand_its_day_to_one_that_is_built_again(
-    launch: Callable[[], AirflowServices], tmp_path: Path
+    launch: Callable[..., AirflowServices], tmp_path: Path
 ) -> None:
     plan, services = Plan(DATASET, DAYS[:1]), launch()
     client = started(services, plan)
@@ -172,7 +180,7 @@ def test_a_run_of_before_does_not_hand_its_day_to_one_that_is_built_again(
 
 
 def test_a_run_whose_last_task_was_done_when_the_scheduler_was_killed_is_followed_by_what_waits_for_it(
-    launch: Callable[[], AirflowServices], tmp_path: Path
+    launch: Callable[..., AirflowServices], tmp_path: Path
 ) -> None:
     plan, services = Plan(DATASET, DAYS[:1]), launch()
     client = started(services, plan)
